@@ -1,0 +1,1 @@
+"""Executing a plan: masks, physical removal, verification. Nothing here decides."""

@@ -1,0 +1,193 @@
+"""Masks on a live model: what is masked is zero (weights, neurons, heads) or bypassed (layers), and stays so.
+
+The masks are kept on the model object, outside its parameters and buffers: they are not in its state dict, and they
+survive `copy.deepcopy`. A masked entry is remembered, never told by being zero: a kept weight may underflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import PruneError
+from hf_prune.plan import KeepMasks
+from hf_prune.structure import ModelStructure, Site, inspect_model
+
+_ATTRIBUTE = "_hf_prune_masked"
+
+
+@dataclass
+class MaskedTensor:
+    """Removed entries of one parameter: whole slices `index` along `dim`, or single entries where `removed` is True."""
+
+    name: str
+    dim: int = 0
+    index: Tensor | None = None
+    removed: Tensor | None = None
+
+    def zero_(self, tensor: Tensor) -> None:
+        """Zero the removed entries of `tensor`: the parameter, its gradient, or an optimizer's moment."""
+        if self.index is not None:
+            if self.index.device != tensor.device:
+                self.index = self.index.to(tensor.device)
+            tensor.index_fill_(self.dim, self.index, 0)
+        if self.removed is not None:
+            if self.removed.device != tensor.device:
+                self.removed = self.removed.to(tensor.device)
+            tensor.masked_fill_(self.removed, 0)
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """A copy of the removed entries of `tensor`."""
+        if self.index is not None:
+            return tensor.detach().index_select(self.dim, self.index.to(tensor.device))
+        assert self.removed is not None
+        return tensor.detach()[self.removed.to(tensor.device)]
+
+    def restore_(self, tensor: Tensor, values: Tensor) -> None:
+        """Put back what `values` copied."""
+        if self.index is not None:
+            tensor.index_copy_(self.dim, self.index.to(tensor.device), values)
+        elif self.removed is not None:
+            tensor[self.removed.to(tensor.device)] = values
+
+
+@dataclass
+class _Masked:
+    masks: KeepMasks = field(default_factory=KeepMasks)
+    tensors: list[MaskedTensor] = field(default_factory=list)
+
+
+def masks_of(model: nn.Module) -> KeepMasks:
+    """The keep-masks on `model`; empty if it has none."""
+    masked = model.__dict__.get(_ATTRIBUTE)
+    return masked.masks if masked is not None else KeepMasks()
+
+
+def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | None = None) -> None:
+    """Put `masks` on `model` in place of those that it has, zero the masked entries and bypass the masked layers.
+
+    What left stays zero: a mask that is taken off does not bring the old weight back.
+
+    Raises:
+        PruneError: a mask names no site or parameter of the model, or has another shape.
+    """
+    structure = structure or inspect_model(model)
+    _check(model, masks, structure)
+    clear_masks(model)
+    for site in structure.of("layers"):
+        if site.key in masks.units:
+            _bypass(model, site, masks.units[site.key])
+    model.__dict__[_ATTRIBUTE] = _Masked(masks, masked_entries(structure, masks))
+    enforce_(model)
+
+
+def masked_entries(structure: ModelStructure, masks: KeepMasks) -> list[MaskedTensor]:
+    """Where in the parameters the removed neurons, heads and single weights are."""
+    entries = []
+    for key, keep in masks.units.items():
+        gone = torch.nonzero(~keep).reshape(-1)
+        if len(gone):
+            entries += [MaskedTensor(piece.name, piece.dim, piece.index(gone)) for piece in structure[key].slices]
+    entries += [MaskedTensor(name, removed=~keep) for name, keep in masks.weights.items() if not keep.all()]
+    return entries
+
+
+def clear_masks(model: nn.Module) -> None:
+    """Forget the masks and remove the bypasses; weights stay as they are."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+    for module in model.modules():
+        for hook_id in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Bypass)]:
+            del module._forward_hooks[hook_id]
+            module._forward_hooks_with_kwargs.pop(hook_id, None)
+
+
+def masked_tensors(model: nn.Module) -> Iterator[tuple[MaskedTensor, nn.Parameter]]:
+    """Each group of removed entries with the parameter that holds them; a parameter may come several times."""
+    masked = model.__dict__.get(_ATTRIBUTE)
+    if masked is None:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for entry in masked.tensors:
+        yield entry, parameters[entry.name]
+
+
+@torch.no_grad()
+def enforce_(model: nn.Module) -> None:
+    """Zero all masked entries again, as after an optimizer's step."""
+    for entry, parameter in masked_tensors(model):
+        entry.zero_(parameter)
+
+
+@torch.no_grad()
+def mask_gradients_(model: nn.Module) -> None:
+    """Zero the gradients of masked entries, so that they don't count when gradients are clipped."""
+    for entry, parameter in masked_tensors(model):
+        if parameter.grad is not None:
+            entry.zero_(parameter.grad)
+
+
+def _check(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
+    sites = {site.key: site.n_units for site in structure.sites}
+    for key, keep in masks.units.items():
+        if key not in sites:
+            raise PruneError(f"the mask names site {key!r}, which {structure.model_class} has not")
+        if keep.shape != (sites[key],) or keep.dtype != torch.bool:
+            raise PruneError(
+                f"the mask of {key} is {keep.dtype} {tuple(keep.shape)}; expected torch.bool ({sites[key]},)"
+            )
+        if not keep.any():
+            raise PruneError(f"the mask of {key} keeps none of {sites[key]} units; keep at least one")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, keep in masks.weights.items():
+        if shapes.get(name) != tuple(keep.shape) or keep.dtype != torch.bool:
+            raise PruneError(
+                f"the mask of {name} is {keep.dtype} {tuple(keep.shape)}; expected torch.bool {shapes.get(name)}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# masked layers
+
+
+def _bypass(model: nn.Module, site: Site, keep: Tensor) -> None:
+    """Hook each masked block so that its output is its input; what else it returns (a position bias) stays."""
+    positions: dict[str, list[bool]] = {}
+    for block, kept in zip(site.blocks, keep.tolist(), strict=True):
+        positions.setdefault(block, []).append(not kept)
+    for block, skipped in positions.items():
+        if any(skipped):
+            model.get_submodule(block).register_forward_hook(_Bypass(skipped), with_kwargs=True)
+
+
+class _Bypass:
+    """A forward hook that gives back the block's input at the calls that are masked."""
+
+    def __init__(self, skipped: list[bool]):
+        self.skipped = skipped
+        self.n_calls = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = self.n_calls % len(self.skipped)
+        self.n_calls += 1
+        if not self.skipped[call]:
+            return output
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if isinstance(output, Tensor):
+            return _Skip.apply(hidden, output)
+        return type(output)((_Skip.apply(hidden, output[0]), *output[1:]))
+
+
+class _Skip(torch.autograd.Function):
+    """x, f(x) -> x. The block's parameters get a zero gradient, not none: DistributedDataParallel waits for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, torch.zeros_like(gradient)

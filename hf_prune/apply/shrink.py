@@ -1,0 +1,139 @@
+"""Physical removal: what is masked leaves, and the tensors become smaller dense ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.apply.masks import clear_masks, masks_of, set_masks
+from hf_prune.checkpoint.modeling_hf_prune import ConfigView
+from hf_prune.plan import KeepMasks
+from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
+
+LAYER_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "layer_index")
+
+
+@dataclass
+class ShrinkRecord:
+    """What was removed: for each stack the kept blocks' old numbers, for each site how many units were kept."""
+
+    kept_layers: dict[str, list[int]] = field(default_factory=dict)
+    kept_units: dict[str, int] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def remove_masked_(model: nn.Module, structure: ModelStructure | None = None) -> ShrinkRecord:
+    """Remove masked neurons, heads and layers from `model`, in place. Masked single weights stay zeros, and masked.
+
+    Parameters become new `nn.Parameter`s, so an optimizer made before still holds the old ones.
+
+    Returns:
+        What was removed; the config is not touched (`hf_prune.checkpoint.settle_config_` does that).
+    """
+    structure = structure or inspect_model(model)
+    masks = masks_of(model)
+    weights = dict(masks.weights)
+    record = ShrinkRecord()
+    removed = {key: keep for key, keep in masks.units.items() if not keep.all()}
+    for key, keep in removed.items():
+        site = structure[key]
+        if site.target != "layers":
+            _narrow(model, site, keep, weights)
+            record.kept_units[key] = int(keep.sum())
+    clear_masks(model)
+    for key, keep in removed.items():
+        site = structure[key]
+        if site.target == "layers":
+            record.kept_layers[site.name] = torch.nonzero(keep).reshape(-1).tolist()
+            weights = _drop_layers(model, site, record.kept_layers[site.name], weights)
+            record.kept_units[key] = int(keep.sum())
+    if weights:
+        set_masks(model, KeepMasks(weights=weights))
+    return record
+
+
+def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tensor]) -> None:
+    """Slice every tensor of the site to its kept units, along with the masks of its single weights."""
+    gone = torch.nonzero(~keep).reshape(-1)
+    n_kept = site.n_units - len(gone)
+    for piece in site.slices:
+        module = model.get_submodule(piece.module)
+        parameter = getattr(module, piece.tensor)
+        # entries that belong to no unit stay: the one key and value of multi-query attention
+        stays = torch.ones(parameter.shape[piece.dim], dtype=torch.bool).index_fill_(0, piece.index(gone), False)
+        index = torch.nonzero(stays).reshape(-1)
+        smaller = parameter.detach().index_select(piece.dim, index.to(parameter.device))
+        setattr(module, piece.tensor, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
+        if piece.name in weights:
+            weights[piece.name] = weights[piece.name].index_select(piece.dim, index)
+        _set_sizes(module)
+    for norm in site.norms:
+        module = model.get_submodule(norm.module)
+        grown = site.n_units / n_kept  # N / K
+        module.weight.mul_(math.sqrt(grown))
+        setattr(module, norm.epsilon, getattr(module, norm.epsilon) * grown)
+    views: dict[str, dict[str, int]] = {}
+    for attribute in site.attributes:
+        if attribute.of_config:
+            views.setdefault(attribute.module, {})[attribute.name] = attribute.per_unit * n_kept
+        else:
+            setattr(model.get_submodule(attribute.module), attribute.name, attribute.per_unit * n_kept)
+    for name, overrides in views.items():
+        module = model.get_submodule(name)
+        module.config = ConfigView(module.config, overrides)
+
+
+def _set_sizes(module: nn.Module) -> None:
+    """The numbers that a layer says of its own weight."""
+    weight = module.weight
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+
+
+def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Delete blocks, hand on what the first one owned, renumber. Returns the weight masks under their new names."""
+    if site.is_shared:
+        field_name = layouts.REPEAT_FIELDS[site.name.rpartition(".")[2]]
+        parent = model.get_submodule(site.name.rpartition(".")[0])
+        setattr(parent.config, field_name, len(kept))
+        return weights
+    stack = model.get_submodule(site.name)
+    blocks = list(stack)
+    _hand_on(blocks[0], blocks[kept[0]])
+    for new, old in enumerate(kept):
+        for module in blocks[old].modules():
+            for name in LAYER_NUMBER_NAMES:
+                if module.__dict__.get(name) == old:
+                    setattr(module, name, new)
+    parent_name, _, child = site.name.rpartition(".")
+    setattr(model.get_submodule(parent_name), child, nn.ModuleList(blocks[old] for old in kept))
+    renamed = {f"{site.name}.{old}.": f"{site.name}.{new}." for new, old in enumerate(kept)}
+    moved = {}
+    for name, mask in weights.items():
+        if not name.startswith(f"{site.name}."):
+            moved[name] = mask
+            continue
+        for old_prefix, new_prefix in renamed.items():
+            if name.startswith(old_prefix):
+                moved[new_prefix + name[len(old_prefix) :]] = mask
+    return moved
+
+
+def _hand_on(first: nn.Module, heir: nn.Module) -> None:
+    """Move what only the first block owns (T5's relative position bias) to the block that becomes the first."""
+    if heir is first:
+        return
+    for owned, flag in layouts.OWNED_BY_FIRST_BLOCK:
+        for path, module in first.named_modules():
+            if isinstance(getattr(module, owned, None), nn.Module):
+                target = heir.get_submodule(path)
+                setattr(target, owned, getattr(module, owned))
+                setattr(target, flag, True)

@@ -1,0 +1,84 @@
+"""Discovery: from a model to its sites. Everything that differs between models is in `layouts`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_prune.errors import UnsupportedModelError
+from hf_prune.structure import attention, feed_forward, layers
+from hf_prune.structure.naming import ModuleNames
+from hf_prune.structure.sites import ModelStructure, Refusal, Site, WeightSite
+
+
+def inspect_model(model: nn.Module) -> ModelStructure:
+    """Find what can be pruned in `model`, and what was found but can't be, with the reason.
+
+    Reads names, shapes and plain attributes; never a weight, so a model on the meta device will do.
+
+    Args:
+        model: a Transformers model, or any module built of blocks that `layouts` knows.
+
+    Returns:
+        The structure; print it for a table.
+    """
+    names = ModuleNames(model)
+    refusals: list[Refusal] = []
+    stacks, stack_refusals = layers.find_stacks(names)
+    heads = list(_found(attention.find_sites(names, stacks), refusals))
+    neurons = list(_found(feed_forward.find_sites(names), refusals))
+    blocks = list(_found(layers.find_sites(names, stacks, [*heads, *neurons]), refusals))
+    refusals += stack_refusals
+    config = getattr(model, "config", None)
+    return ModelStructure(
+        model_class=type(model).__name__,
+        model_type=getattr(config, "model_type", "") or "",
+        sites=tuple([*blocks, *heads, *neurons]),
+        weights=tuple(_weight_sites(names)),
+        refusals=tuple(refusals),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def require_sites(structure: ModelStructure, target: str) -> tuple[Site, ...]:
+    """The sites of `target`.
+
+    Raises:
+        UnsupportedModelError: there are none; the message says what was found instead.
+    """
+    sites = structure.of(target)  # type: ignore[arg-type]
+    if sites:
+        return sites
+    refused = [f"{refusal.name}: {refusal.reason}" for refusal in structure.refusals if refusal.target == target]
+    found = sorted({site.target for site in structure.sites}) or ["no units"]
+    reason = "; ".join(dict.fromkeys(refused)) or "no block matches a known layout"
+    raise UnsupportedModelError(
+        f"{structure.model_class} has no {target} that can be pruned: {reason}. Found: {', '.join(found)}. "
+        "Target `weights` works on every model."
+    )
+
+
+def _found(results: Iterable[Site | Refusal], refusals: list[Refusal]) -> Iterator[Site]:
+    for result in results:
+        if isinstance(result, Refusal):
+            refusals.append(result)
+        else:
+            yield result
+
+
+def _weight_sites(names: ModuleNames) -> Iterator[WeightSite]:
+    """Matrices of linear layers; embeddings, output heads, biases and norms are left out (DESIGN, section 5)."""
+    embeddings = {id(parameter) for parameter in names.embedding_parameters()}
+    heads = names.output_head_modules()
+    seen: set[int] = set()
+    for name, module in names.modules.items():
+        if not isinstance(module, (nn.Linear, Conv1D)) or name in heads:
+            continue
+        weight = module.weight
+        if id(weight) in embeddings or id(weight) in seen:
+            continue  # tied weights are planned once, and never by way of an embedding
+        seen.add(id(weight))
+        reduction_dim = 0 if isinstance(module, Conv1D) else 1
+        yield WeightSite(f"{name}.weight", name, tuple(weight.shape), reduction_dim)

@@ -1,0 +1,50 @@
+"""Feed-forward sites: a neuron is one row of each input projection and one column of the output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from hf_prune.structure.layouts import FEED_FORWARD_LAYOUTS, FeedForwardLayout
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear
+from hf_prune.structure.projections import reading_slice, writing_slices
+from hf_prune.structure.sites import Read, Refusal, Site, Span
+
+
+def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
+    """One site for each module that matches a feed-forward layout by names and shapes."""
+    for name in names.modules:
+        for layout in FEED_FORWARD_LAYOUTS:
+            if all(is_linear(names.get(name, part)) for part in layout.parts):
+                result = _site(names, name, layout)
+                if result is not None:
+                    yield result
+                break
+
+
+def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site | Refusal | None:
+    output_name = names.resolve(name, layout.output)
+    output = names.modules[output_name]
+    d_ff = d_in(output)
+    inputs = [(names.resolve(name, part), names.modules[names.resolve(name, part)]) for part in layout.inputs]
+    if any(d_out(module) != d_ff * layout.stacked for _, module in inputs):
+        return None  # names alike by accident: not a pair d_model -> d_ff -> d_model
+    norm = _norm_over_units(names.modules[name], d_ff, d_out(output))
+    if norm:
+        return Refusal("ffn_neurons", name, f"{norm} normalises over all neurons, so removing some changes the rest")
+    spans = tuple(Span(part * d_ff, 1) for part in range(layout.stacked))
+    slices = [piece for part, module in inputs for piece in writing_slices(part, module, spans)]
+    slices.append(reading_slice(output_name, output, Span(0, 1)))
+    return Site(name, "ffn_neurons", d_ff, tuple(slices), reads=(Read(output_name, Span(0, 1)),))
+
+
+def _norm_over_units(module: nn.Module, d_ff: int, d_model: int) -> str | None:
+    """The name of a child norm whose width is d_ff; None where widths can't tell it from a norm over d_model."""
+    if d_ff == d_model:
+        return None
+    for name, child in module.named_children():
+        weight = getattr(child, "weight", None)
+        if "Norm" in type(child).__name__ and weight is not None and weight.numel() == d_ff:
+            return name
+    return None

@@ -1,0 +1,86 @@
+"""Looking modules up by path, and the few things that a model says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class ModuleNames:
+    """All modules of a model by qualified name, with the look-ups that discovery needs."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+
+    def resolve(self, base: str, path: str) -> str:
+        """The qualified name of `path` seen from `base`; `../` climbs one level."""
+        while path.startswith("../"):
+            base, path = base.rpartition(".")[0], path[3:]
+        return f"{base}.{path}" if base else path
+
+    def get(self, base: str, path: str) -> nn.Module | None:
+        return self.modules.get(self.resolve(base, path))
+
+    def parent(self, name: str) -> str:
+        return name.rpartition(".")[0]
+
+    def config_of(self, name: str) -> Any:
+        """The config of the nearest module at or above `name` that has one."""
+        while True:
+            config = getattr(self.modules.get(name), "config", None)
+            if config is not None or not name:
+                return config
+            name = self.parent(name)
+
+    def embedding_parameters(self) -> Iterator[Tensor]:
+        for module in self.modules.values():
+            if isinstance(module, nn.Embedding):
+                yield module.weight
+
+    def output_head_modules(self) -> set[str]:
+        """Linear layers that aren't inside a repeated block and turn hidden states into outputs.
+
+        That is the model's declared output embedding, and every linear layer of a task head: outside the base model.
+        """
+        heads: set[int] = set()
+        for module in self.modules.values():
+            declared = getattr(module, "get_output_embeddings", None)
+            output = declared() if callable(declared) else None
+            if isinstance(output, nn.Module):
+                heads.add(id(output))
+        base = getattr(self.model, "base_model", None)
+        inside = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
+        if base is not None and base is not self.model:
+            heads |= {
+                id(module)
+                for module in self.modules.values()
+                if isinstance(module, (nn.Linear, Conv1D)) and id(module) not in inside
+            }
+        return {name for name, module in self.modules.items() if id(module) in heads}
+
+
+def number(module: nn.Module, names: tuple[str, ...]) -> tuple[str, int] | None:
+    """The first of `names` that is a plain positive int on `module`, with its value."""
+    for name in names:
+        value = module.__dict__.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return name, value
+    return None
+
+
+def d_out(module: nn.Module) -> int:
+    """The number of outputs of a linear layer, `nn.Linear` (d_out, d_in) or `Conv1D` (d_in, d_out)."""
+    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0])
+
+
+def d_in(module: nn.Module) -> int:
+    """The number of inputs of a linear layer."""
+    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1])
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))

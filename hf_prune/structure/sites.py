@@ -1,0 +1,174 @@
+"""Sites: what can leave a model, and what leaves together.
+
+Axes: d_model, d_ff, d_head, n_heads, n_kv_heads, d_in, d_out; a count is n_*.
+
+A *unit* is the smallest thing kept or removed: a feed-forward neuron, an attention head (under grouped-query
+attention a key/value head with all its query heads), a layer. A *site* is a set of units that compete with each
+other and the tensors that shrink with them. Names are qualified module names in the model that was inspected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
+UNIT_TARGETS: tuple[Target, ...] = ("ffn_neurons", "attention_heads", "layers")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`n_units` consecutive pieces of `width` entries each, from `start`: piece u belongs to unit u."""
+
+    start: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """The entries of one tensor that belong to the units of a site, along one dimension.
+
+    A fused projection has several spans: `[q | k | v]` three, the per-head interleaved order of GPT-NeoX one.
+    `writes` is True where the units are produced (rows of the input projections) and False where they are read
+    (columns of the output projection).
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    spans: tuple[Span, ...]
+    writes: bool
+
+    @property
+    def name(self) -> str:
+        """The qualified tensor name, as in `model.named_parameters()`."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+    def index(self, units: Tensor) -> Tensor:
+        """Entries along `dim` that belong to `units` (int64, n) -> (int64, n * sum of widths), ascending per span."""
+        pieces = [
+            (span.start + units[:, None] * span.width + torch.arange(span.width, device=units.device)).reshape(-1)
+            for span in self.spans
+        ]
+        return torch.cat(pieces)
+
+    @property
+    def entries_per_unit(self) -> int:
+        """How many entries along `dim` one unit holds."""
+        return sum(span.width for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """A plain number on a module that counts units: it becomes `per_unit * n_kept`.
+
+    With `of_config`, the number is a field of `module.config` that the module reads in its forward pass.
+    """
+
+    module: str
+    name: str
+    per_unit: int
+    of_config: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FullWidthNorm:
+    """An RMS norm over all units at once; exact after removal if folded: w' = w sqrt(N/K), eps' = eps N/K.
+
+    (K kept of N entries: the masked norm averages their squares over N, the sliced one over K.)
+    """
+
+    module: str
+    epsilon: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Where units are read: the last dimension of this module's input, laid out as `span`."""
+
+    module: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class Site:
+    """Units of one kind that compete with each other, and everything that leaves with them."""
+
+    name: str
+    target: Target
+    n_units: int
+    slices: tuple[TensorSlice, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    norms: tuple[FullWidthNorm, ...] = ()
+    reads: tuple[Read, ...] = ()
+    # target `layers` only: the blocks in call order (one name repeated where a block is shared)
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Unique in a model: the same module may hold heads and be a layer."""
+        return f"{self.target}:{self.name}"
+
+    @property
+    def is_shared(self) -> bool:
+        """True where one block is called several times (ALBERT): only the number of calls can change."""
+        return len(set(self.blocks)) < len(self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSite:
+    """A matrix whose single entries may be zeroed. `reduction_dim` is the axis that a product sums over."""
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    reduction_dim: int
+
+    @property
+    def key(self) -> str:
+        return f"weights:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something found that can't be pruned soundly for `target`, and why."""
+
+    target: Target
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """What `inspect_model` found: sites, weights, refusals, and sizes of the model they were found in."""
+
+    model_class: str
+    model_type: str
+    sites: tuple[Site, ...]
+    weights: tuple[WeightSite, ...]
+    refusals: tuple[Refusal, ...]
+    n_parameters: int
+    parameter_shapes: Mapping[str, tuple[int, ...]] = field(repr=False, default_factory=dict)
+
+    def of(self, target: Target) -> tuple[Site, ...]:
+        """The sites of a unit target, in the model's order."""
+        return tuple(site for site in self.sites if site.target == target)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __getitem__(self, key: str) -> Site:
+        for site in self.sites:
+            if site.key == key:
+                return site
+        raise KeyError(key)
+
+    def __str__(self) -> str:
+        # The table is drawn elsewhere; imported late because a terminal is not needed to prune.
+        from hf_prune.structure.table import structure_table
+
+        return structure_table(self)
