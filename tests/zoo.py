@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
 
 TEXT = dict(vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 BERT = dict(**TEXT, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
@@ -125,4 +129,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
     return model.to(dtype).eval()
 
 
-Builder = Callable[..., PreTrainedModel]
+def build_on_meta(name: str) -> PreTrainedModel:
+    """The same model without storage."""
+    model_type, config, auto = MODELS[name]
+    with torch.device("meta"):
+        return auto.from_config(CONFIG_MAPPING[model_type](**{k: v for k, v in config.items() if v is not None}))

@@ -17,6 +17,7 @@ from hf_prune.errors import PruneError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model
 
+
 _ATTRIBUTE = "_hf_prune_masked"
 
 

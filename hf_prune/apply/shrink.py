@@ -14,6 +14,7 @@ from hf_prune.checkpoint.modeling_hf_prune import ConfigView
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
 
+
 LAYER_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "layer_index")
 
 

@@ -15,6 +15,7 @@ from hf_prune.apply.shrink import ShrinkRecord
 from hf_prune.errors import CalibrationError, VerificationError
 from hf_prune.structure import ModelStructure, Site
 
+
 # max|difference| / max|logit|, end to end
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 # relative L2 of a site's output on its own captured input, in float32 or better

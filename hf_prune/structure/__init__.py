@@ -3,4 +3,5 @@
 from hf_prune.structure.discovery import inspect_model, require_sites
 from hf_prune.structure.sites import ModelStructure, Site, TensorSlice, WeightSite
 
+
 __all__ = ["ModelStructure", "Site", "TensorSlice", "WeightSite", "inspect_model", "require_sites"]

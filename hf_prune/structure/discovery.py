@@ -35,7 +35,7 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     return ModelStructure(
         model_class=type(model).__name__,
         model_type=getattr(config, "model_type", "") or "",
-        sites=tuple([*blocks, *heads, *neurons]),
+        sites=(*blocks, *heads, *neurons),
         weights=tuple(_weight_sites(names)),
         refusals=tuple(refusals),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -10,6 +10,7 @@ from hf_prune.structure import layouts
 from hf_prune.structure.naming import ModuleNames
 from hf_prune.structure.sites import Refusal, Site
 
+
 Stacks = dict[str, tuple[str, ...]]
 
 

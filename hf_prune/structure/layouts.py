@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+
 FusedOrder = Literal["stacked", "interleaved", "grouped", "multi_query"]
 
 

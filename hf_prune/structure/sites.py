@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+
 Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
 UNIT_TARGETS: tuple[Target, ...] = ("ffn_neurons", "attention_heads", "layers")
 

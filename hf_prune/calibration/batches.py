@@ -1,0 +1,152 @@
+"""Calibration batches: what a user may pass, cut to the samples asked for; which positions of a batch are padding.
+
+Axes: B samples, T positions, d entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import CalibrationError
+
+
+Inputs = dict[str, Any]
+IGNORED_LABEL = -100
+
+
+def take(calibration: Iterable[Mapping[str, Any]] | None, samples: int | None = None) -> list[Inputs]:
+    """The first `samples` samples of `calibration` as keyword dicts, the last one cut to fit; all if None.
+
+    Args:
+        calibration: keyword dicts that the model takes, batch first: a list, a generator, a DataLoader.
+        samples: how many samples are wanted.
+
+    Raises:
+        CalibrationError: there is no data, less of it than `samples`, or an item isn't a dict of tensors.
+    """
+    if calibration is None or isinstance(calibration, (Mapping, str, Tensor)):
+        raise CalibrationError(
+            f"calibration is {_kind(calibration)}; expected an iterable of the keyword dicts that the model takes. "
+            "Pass a DataLoader, or a list such as [{'input_ids': …, 'attention_mask': …}]."
+        )
+    taken: list[Inputs] = []
+    n_taken = 0
+    for index, item in enumerate(calibration):
+        if not isinstance(item, Mapping):
+            raise CalibrationError(
+                f"calibration batch {index} is {_kind(item)}; expected a dict of tensors by argument name. "
+                "Give the DataLoader a collate function that returns one, such as DataCollatorWithPadding."
+            )
+        inputs = dict(item)
+        size = n_samples(inputs, index)
+        if samples is not None and n_taken + size > samples:
+            inputs, size = _first(inputs, size, samples - n_taken), samples - n_taken
+        taken.append(inputs)
+        n_taken += size
+        if samples is not None and n_taken >= samples:
+            break
+    if not n_taken or (samples is not None and n_taken < samples):
+        wanted = f"{samples} samples were asked for" if samples is not None else "at least one sample is needed"
+        raise CalibrationError(
+            f"the calibration data ends after {n_taken} samples; {wanted}. Pass more data, or lower calibration.samples."
+        )
+    return taken
+
+
+def n_samples(inputs: Mapping[str, Any], index: int = 0) -> int:
+    """B: the leading dimension of the ids where there are any, else of the first tensor.
+
+    Raises:
+        CalibrationError: the dict holds no tensor with a batch dimension.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    if not tensors:
+        raise CalibrationError(
+            f"calibration batch {index} holds no tensor with a batch dimension (keys: {sorted(inputs)}). "
+            "Collate it to tensors, for instance with return_tensors='pt'."
+        )
+    return len(tensors.get("input_ids", next(iter(tensors.values()))))
+
+
+def _first(inputs: Inputs, size: int, wanted: int) -> Inputs:
+    def cut(value: Any) -> Any:
+        return value[:wanted] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    return {name: cut(value) for name, value in inputs.items()}
+
+
+def _kind(value: object) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device, and how the inputs of its modules are laid out."""
+
+    index: int
+    inputs: Inputs
+    n_samples: int
+
+    @classmethod
+    def of(cls, index: int, inputs: Mapping[str, Any], device: torch.device) -> Batch:
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        return cls(index, moved, n_samples(moved, index))
+
+    def kept_mask(self, in_decoder: bool) -> Tensor | None:
+        """Where the input isn't padding, (B, T) bool; None if the batch doesn't say.
+
+        In the decoder of an encoder-decoder that is its own mask, else the positions that carry a label: the
+        decoder's inputs are the labels moved on by one.
+        """
+        if not in_decoder:
+            mask = self.inputs.get("attention_mask")
+        elif "decoder_attention_mask" in self.inputs:
+            mask = self.inputs["decoder_attention_mask"]
+        else:
+            labels = self.inputs.get("labels")
+            mask = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
+        return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def tokens(self, x: Tensor, in_decoder: bool) -> Tensor:
+        """(…, d) -> (n_tokens, d) without padding. Shapes that the mask doesn't fit count whole."""
+        mask = self.kept_mask(in_decoder)
+        rows = x.reshape(-1, x.shape[-1])
+        fits = mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),))
+        return rows[mask.reshape(-1)] if fits else rows
+
+    def by_sample(self, x: Tensor, module: str) -> Tensor:
+        """(B, …, d) or (B * T, d) -> (B, positions, d).
+
+        Raises:
+            CalibrationError: the rows can't be told apart by sample.
+        """
+        rows, d = x.shape[0], x.shape[-1]
+        if x.dim() == 2:
+            # flattened, batch first; other counts (tokens routed to an expert) have no order that is known
+            lengths = {v.shape[1] for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() > 1}
+            known = {self.n_samples, *(self.n_samples * length for length in lengths)}
+        else:
+            known = {rows} if rows % self.n_samples == 0 else set()  # windows and the like: batch first
+        if rows not in known and self.n_samples > 1:
+            raise CalibrationError(
+                f"{module} takes an input of shape {tuple(x.shape)}, whose rows can't be told apart by sample in a "
+                f"batch of {self.n_samples}. Use calibration.batch_size 1, or a criterion without gates."
+            )
+        return x.reshape(self.n_samples, -1, d)
+
+
+def decoder_modules(model: nn.Module) -> frozenset[int]:
+    """The ids of the modules that see the decoder's positions; empty unless the model is an encoder-decoder."""
+    if not is_encoder_decoder(model):
+        return frozenset()
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    return frozenset(id(module) for module in decoder.modules())
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

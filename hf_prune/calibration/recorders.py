@@ -1,0 +1,338 @@
+"""Hooks that record one statistic each while calibration batches pass through the model.
+
+A recorder hooks the modules it needs, adds up one batch at a time, and keeps float64 sums of the same shapes on
+every process, so that those can be added up too.
+
+Axes: B samples, T positions, d entries, n_units, width entries a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_prune.calibration.batches import Batch, decoder_modules
+from hf_prune.calibration.statistics import output_slice, parameter_names
+from hf_prune.errors import CalibrationError
+from hf_prune.structure.sites import Read, Site, WeightSite
+
+
+class Recorder(Protocol):
+    """What `collect` asks of a recorder."""
+
+    # by module, site key or parameter name; float64
+    sums: dict[str, Tensor]
+    # what each sum was taken over, (1,) float64: tokens or calls; 0 means never reached
+    counts: dict[str, Tensor]
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        """Hook the modules; the caller removes the handles."""
+
+    def begin(self, batch: Batch) -> None:
+        """A forward pass over `batch` starts."""
+
+    def end(self) -> None:
+        """Its forward pass, and backward pass if any, are over."""
+
+
+class SquaredInputs:
+    """Sums over tokens of the squared input of modules, (d_in,); counts are tokens."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site | WeightSite]):
+        self._model = model
+        self._decoder = decoder_modules(model)
+        self.sums = {name: _zeros(d_in) for name, d_in in _input_sizes(model, sites)}
+        self.counts = {name: _zeros(1) for name in self.sums}
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        for name in self.sums:
+            module = self._model.get_submodule(name)
+            yield module.register_forward_pre_hook(self._hook(name, id(module) in self._decoder), with_kwargs=True)
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def end(self) -> None:
+        _require_finite(self.sums, self._batch, "inputs")
+
+    def _hook(self, name: str, in_decoder: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = self._batch.tokens(_first_tensor(args, kwargs).detach(), in_decoder)  # (n_tokens, d_in)
+            self.sums[name] += _float64(_at_least_float32(x).square(), dim=(0,))
+            self.counts[name] += len(x)
+
+        return hook
+
+
+class SquaredUpdates:
+    """Sums over tokens of the mean over entries of (output - input)² of layers, (n_units,); counts are tokens a unit."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+        self._model = model
+        self._decoder = decoder_modules(model)
+        self._positions = {site.key: _CallPositions(site) for site in sites}
+        self.sums = {site.key: _zeros(site.n_units) for site in sites}
+        self.counts = {site.key: _zeros(site.n_units) for site in sites}
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        for key, positions in self._positions.items():
+            for name in positions.blocks:
+                block = self._model.get_submodule(name)
+                yield block.register_forward_hook(
+                    self._hook(key, name, id(block) in self._decoder), with_kwargs=True
+                )
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+        for positions in self._positions.values():
+            positions.begin()
+
+    def end(self) -> None:
+        _require_finite(self.sums, self._batch, "updates")
+
+    def _hook(self, key: str, name: str, in_decoder: bool) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            unit = self._positions[key].next(name)
+            update = self._batch.tokens(_update(args, kwargs, output), in_decoder)  # (n_tokens, d_model)
+            self.sums[key][unit] += _float64(update.square()) / update.shape[-1]
+            self.counts[key][unit] += len(update)
+
+        return hook
+
+
+class UnitGates:
+    """Sums over samples of |dL/dg|, g a factor on what a unit hands to every module that reads it; (n_units,).
+
+    By the chain rule dL/dg is the sum of a · dL/da over all that the unit hands on. One gate a unit: all reads, calls
+    and positions are added up before the absolute value. Counts are calls.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+        self._model = model
+        self._sites = sites
+        self._gates = _SampleSums()
+        self.sums = {site.key: _zeros(site.n_units) for site in sites}
+        self.counts = {site.key: _zeros(1) for site in sites}
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        for site in self._sites:
+            for read in site.reads:
+                module = self._model.get_submodule(read.module)
+                yield module.register_forward_pre_hook(_start_graph, with_kwargs=True)
+                yield module.register_forward_pre_hook(self._hook(site, read), with_kwargs=True)
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+        self._gates.clear()
+
+    def end(self) -> None:
+        self._gates.fold_into(self.sums)
+        _require_finite(self.sums, self._batch, "gate gradients")
+
+    def _hook(self, site: Site, read: Read) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first_tensor(args, kwargs)
+            value = self._batch.by_sample(_units(x.detach(), site, read), read.module)
+            self.counts[site.key] += 1
+
+            def on_gradient(gradient: Tensor) -> None:
+                product = _at_least_float32(value) * self._batch.by_sample(_units(gradient, site, read), read.module)
+                # (B, positions, n_units * width) -> (B, n_units)
+                product = product.unflatten(-1, (site.n_units, read.span.width))
+                self._gates.add(site.key, _float64(product, dim=(1, 3)))
+
+            x.register_hook(on_gradient)
+
+        return hook
+
+
+class LayerGates:
+    """Sums over samples of |dL/dg| with output = input + g (block(input) - input); (n_units,). Counts are calls."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+        self._model = model
+        self._gates = _SampleSums()
+        self._positions = {site.key: _CallPositions(site) for site in sites}
+        self.sums = {site.key: _zeros(site.n_units) for site in sites}
+        self.counts = {site.key: _zeros(site.n_units) for site in sites}
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        for key, positions in self._positions.items():
+            for name in positions.blocks:
+                block = self._model.get_submodule(name)
+                yield block.register_forward_pre_hook(_start_graph, with_kwargs=True)
+                yield block.register_forward_hook(self._hook(key, name), with_kwargs=True)
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+        self._gates.clear()
+        for positions in self._positions.values():
+            positions.begin()
+
+    def end(self) -> None:
+        self._gates.fold_into(self.sums)
+        _require_finite(self.sums, self._batch, "gate gradients")
+
+    def _hook(self, key: str, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            positions = self._positions[key]
+            unit = positions.next(name)
+            update = self._batch.by_sample(_update(args, kwargs, output), name)
+            self.counts[key][unit] += 1
+
+            def on_gradient(gradient: Tensor) -> None:
+                gate = _float64(update * self._batch.by_sample(gradient, name), dim=(1, 2))  # (B,)
+                by_unit = _zeros(len(gate), positions.n_units).to(gate.device)
+                by_unit[:, unit] = gate
+                self._gates.add(key, by_unit)
+
+            _first_tensor((output,), {}).register_hook(on_gradient)
+
+        return hook
+
+
+class WeightGradients:
+    """Sums of dL/dw, shaped like the parameter. Held on the CPU: only one gradient at a time is on the device."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site | WeightSite]):
+        self.parameters = {name: model.get_parameter(name) for name in parameter_names(model, sites)}
+        self.sums = {name: _zeros(*parameter.shape) for name, parameter in self.parameters.items()}
+        self.counts: dict[str, Tensor] = {}
+        self._broken: set[str] = set()
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        for name, parameter in self.parameters.items():
+            yield parameter.register_post_accumulate_grad_hook(self._hook(name))
+
+    def begin(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def end(self) -> None:
+        if self._broken:
+            raise _not_finite(sorted(self._broken)[0], self._batch, "weight gradients")
+
+    def _hook(self, name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if not torch.isfinite(gradient).all():
+                self._broken.add(name)
+            self.sums[name] += gradient.detach().cpu()
+
+        return hook
+
+
+class _SampleSums:
+    """Gate gradients of one batch by key, (B, n_units) float64: signed until all of a sample's are added up."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        self._by_key.clear()
+
+    def add(self, key: str, gates: Tensor) -> None:
+        before = self._by_key.get(key)
+        self._by_key[key] = gates if before is None else before + gates.to(before.device)
+
+    def fold_into(self, sums: dict[str, Tensor]) -> None:
+        for key, gates in self._by_key.items():
+            sums[key] += gates.abs().sum(0).cpu()
+
+
+class _CallPositions:
+    """Which unit of a layer site a call is: the k-th call of a block is the k-th place where the site names it."""
+
+    def __init__(self, site: Site):
+        self.blocks = tuple(dict.fromkeys(site.blocks))
+        self.n_units = site.n_units
+        self._units = {name: [u for u, block in enumerate(site.blocks) if block == name] for name in self.blocks}
+        self.begin()
+
+    def begin(self) -> None:
+        self._n_calls = dict.fromkeys(self.blocks, 0)
+
+    def next(self, block: str) -> int:
+        units = self._units[block]
+        call = self._n_calls[block]
+        self._n_calls[block] += 1
+        return units[call % len(units)]  # a model that runs the whole stack twice starts again from its first unit
+
+
+def _input_sizes(model: nn.Module, sites: Sequence[Site | WeightSite]) -> Iterator[tuple[str, int]]:
+    for site in sites:
+        if isinstance(site, WeightSite):
+            yield site.module, site.shape[site.reduction_dim]
+        else:
+            for read in site.reads:
+                weight = model.get_submodule(read.module).weight
+                assert isinstance(weight, Tensor)
+                yield read.module, weight.shape[output_slice(site, read).dim]
+
+
+def _units(x: Tensor, site: Site, read: Read) -> Tensor:
+    """(…, d) -> (…, n_units * width): the entries that belong to units."""
+    return x.narrow(-1, read.span.start, site.n_units * read.span.width)
+
+
+def _update(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    """What a block adds to its input, at least float32."""
+    before, after = _first_tensor(args, kwargs).detach(), _first_tensor((output,), {}).detach()
+    return _at_least_float32(after) - _at_least_float32(before)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among a module's arguments or outputs, which come first by convention."""
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    value = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(value, (tuple, list)):
+        value = value[0]
+    elif isinstance(value, Mapping):
+        value = next(iter(value.values()))
+    assert isinstance(value, Tensor), f"expected hidden states first, found a {type(value).__name__}"
+    return value
+
+
+def _start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where nothing upstream needs a gradient, record from this input on: weights then need none either."""
+    x = _first_tensor(args, kwargs)
+    if x.requires_grad:
+        return None
+    # the clone is no leaf, so that the module may still change it in place
+    started = x.detach().requires_grad_().clone()
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": started}
+    return (started, *args[1:]), kwargs
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _float64(x: Tensor, dim: Iterable[int] | None = None) -> Tensor:
+    """The sum over `dim` (all if None) in float64, by way of the CPU where the device has none (Apple's)."""
+    x = x.cpu() if x.device.type == "mps" else x
+    dims = tuple(range(x.dim())) if dim is None else tuple(dim)
+    return x.sum(dims, dtype=torch.float64).cpu()
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _require_finite(sums: Mapping[str, Tensor], batch: Batch, what: str) -> None:
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise _not_finite(name, batch, what)
+
+
+def _not_finite(name: str, batch: Batch, what: str) -> CalibrationError:
+    return CalibrationError(
+        f"{what} at {name} are not finite after calibration batch {batch.index}; expected numbers. "
+        "Look for broken samples, or load the model in bfloat16 or float32."
+    )

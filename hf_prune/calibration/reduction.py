@@ -1,0 +1,52 @@
+"""Sums over processes. Whole batches are dealt to ranks in turn, so that every rank agrees on the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from hf_prune.errors import CalibrationError
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) where torch.distributed isn't running."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def raise_together(error: CalibrationError | None) -> None:
+    """Raise the first rank's error on all ranks: one that raised alone would leave the others waiting for ever.
+
+    Raises:
+        CalibrationError: some rank has one.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * world
+    dist.all_gather_object(messages, None if error is None else str(error))
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise error if error is not None and messages[rank] == first else CalibrationError(first)
+
+
+def sum_over_processes(sums: Iterable[Tensor]) -> None:
+    """Replace each float64 tensor by its sum over all processes, in place; every rank passes the same shapes.
+
+    A sum of float32 numbers in float64 is exact, in any order, unless they differ by some 2**28 in size. So
+    what is left after rounding to float32 doesn't depend on how many processes there are.
+    """
+    if rank_and_world()[1] == 1:
+        return
+    # nccl sends from the GPU only; the sums stay where they are
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else None
+    for total in sums:
+        sent = total.to(device) if device else total.contiguous()
+        dist.all_reduce(sent, op=dist.ReduceOp.SUM)
+        total.copy_(sent)

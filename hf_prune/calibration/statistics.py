@@ -1,0 +1,66 @@
+"""What a pass over the calibration data leaves behind, and which tensors a site holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from hf_prune.structure.sites import Read, Site, TensorSlice, WeightSite
+
+
+SQUARED_INPUTS = "squared_inputs"
+SQUARED_UPDATES = "squared_updates"
+GATE_GRADIENTS = "gate_gradients"
+WEIGHT_GRADIENTS = "weight_gradients"
+NEEDS = frozenset({SQUARED_INPUTS, SQUARED_UPDATES, GATE_GRADIENTS, WEIGHT_GRADIENTS})
+NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, WEIGHT_GRADIENTS})
+
+
+@dataclass
+class Statistics:
+    """Sums and means over all calibration samples and processes; float64, on the CPU. A need not asked for is empty.
+
+    Attributes:
+        squared_inputs: by module name, (d_in,): mean over tokens of the squared input, padding left out.
+        squared_updates: by site key, (n_units,): mean over tokens and entries of (output - input)² of each layer.
+        gate_gradients: by site key, (n_units,): sum over samples of |dL/dg|, g a factor on the unit's contribution.
+        weight_gradients: by parameter name, its shape: dL/dw.
+        n_samples: samples seen.
+        n_labels: label tokens (or samples with a label) that the loss L, a sum, was divided by; 0 without gradients.
+    """
+
+    squared_inputs: dict[str, Tensor] = field(default_factory=dict)
+    squared_updates: dict[str, Tensor] = field(default_factory=dict)
+    gate_gradients: dict[str, Tensor] = field(default_factory=dict)
+    weight_gradients: dict[str, Tensor] = field(default_factory=dict)
+    n_samples: int = 0
+    n_labels: int = 0
+
+
+def parameter_names(model: nn.Module, sites: Sequence[Site | WeightSite]) -> list[str]:
+    """The parameters that leave, whole or in part, with the units of `sites`; buffers left out, each name once."""
+    names: dict[str, None] = {}
+    for site in sites:
+        if isinstance(site, WeightSite):
+            names[site.name] = None
+        elif site.target == "layers":
+            for block in dict.fromkeys(site.blocks):
+                names.update(dict.fromkeys(f"{block}.{name}" for name, _ in model.get_submodule(block).named_parameters()))
+        else:
+            names.update((piece.name, None) for piece in site.slices if is_parameter(model, piece))
+    return list(names)
+
+
+def is_parameter(model: nn.Module, piece: TensorSlice) -> bool:
+    """False for the buffers among the slices, which have no gradient."""
+    return isinstance(getattr(model.get_submodule(piece.module), piece.tensor), nn.Parameter)
+
+
+def output_slice(site: Site, read: Read) -> TensorSlice:
+    """The columns of the output projection that read the units, or its rows for Conv1D: `dim` says which."""
+    for piece in site.slices:
+        if piece.module == read.module and piece.tensor == "weight" and not piece.writes:
+            return piece
+    raise AssertionError(f"{site.key}: the read at {read.module} has no slice of its weight")

@@ -1,0 +1,226 @@
+"""Sends a saved checkpoint to the Hub in one commit, so that nobody ever downloads half of an update."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+# `HTTPError` is the base of the HTTP library's errors (httpx, later httpx2), which the hub re-exports by importing it.
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from safetensors import SafetensorError, safe_open
+
+from hf_prune.errors import CheckpointError, PruneError
+
+
+logger = logging.getLogger(__name__)
+
+# What training and tools leave beside a model. Resuming needs it, users of the model don't, and pickled training
+# arguments would publish the paths of the machine. Patterns are matched on every part of a file's path.
+LEFT_OUT = (
+    ".*",
+    "__pycache__",
+    "checkpoint-*",
+    "global_step*",
+    "runs",
+    "wandb",
+    "events.out.tfevents.*",
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    "training_args.bin",
+    "*.tmp",
+    "*.partial",
+    "*.incomplete",
+    "*.lock",
+)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The weight files that `from_pretrained` looks for in a repository.
+LOADABLE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload pruned model",
+    endpoint: str | None = None,
+) -> str:
+    """Pushes a saved checkpoint: weights, config, tokenizer, recipe, report, card and modelling file.
+
+    The folder is only read. Weight files of an earlier push that this checkpoint no longer has leave in the same
+    commit: a stale `model.safetensors` beside new shards would be loaded in their stead.
+
+    Args:
+        folder: where the checkpoint was saved; hidden files, training states and partial files stay behind.
+        repo_id: `name` or `owner/name`; created if it doesn't exist.
+        private: whether a *new* repository is private. One that exists keeps its visibility, and a warning says so
+            if that is public.
+        token: a token that may write; by default the one stored by `hf auth login`, or `HF_TOKEN`.
+        revision: the branch to push to, created from `main` if it doesn't exist.
+        create_pr: open a pull request against `main` in place of pushing to it.
+        commit_message: the commit's first line.
+        endpoint: another Hub than the default one.
+
+    Returns:
+        The address of the repository, or of the pull request.
+
+    Raises:
+        CheckpointError: if the folder isn't a complete checkpoint, or the Hub refuses its card.
+        PruneError: if the Hub can't be reached or refuses, or `revision` comes with `create_pr`.
+    """
+    folder = Path(folder)
+    if create_pr and revision not in (None, "main"):
+        raise PruneError(
+            f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`. "
+            f"Leave one of them out."
+        )
+    check_complete(folder)
+    paths = sorted(files_to_push(folder))
+    api = HfApi(endpoint=endpoint, token=token, library_name="hf_prune")
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        branch = revision or "main"
+        if branch != "main" and not branch.startswith("refs/"):
+            api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
+        remote = api.model_info(repo.repo_id, revision=branch)
+        if private and not remote.private:
+            logger.warning(
+                "%s exists and is public: what is pushed there can be read by everybody. Visibility is changed in the "
+                "repository's settings.",
+                repo.repo_id,
+            )
+        there = {sibling.rfilename for sibling in remote.siblings or []}
+        stale = sorted(name for name in there.difference(paths) if LOADABLE.fullmatch(name))
+        additions = [CommitOperationAdd(name, folder / name) for name in paths]
+        commit = api.create_commit(
+            repo.repo_id,
+            [*additions, *(CommitOperationDelete(name) for name in stale)],
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _explained(error, folder, repo_id, token) from error
+    if create_pr:
+        return str(commit.pr_url)
+    return str(repo) if branch == "main" else f"{repo}/tree/{branch}"
+
+
+def files_to_push(folder: Path) -> Iterator[str]:
+    """The files of a checkpoint as paths relative to `folder`, with forward slashes."""
+    for path in folder.rglob("*"):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(fnmatchcase(part, pattern) for part in parts for pattern in LEFT_OUT):
+            yield "/".join(parts)
+
+
+def check_complete(folder: Path) -> None:
+    """Checks that `from_pretrained` would find everything it needs: config, all weights, the modelling file.
+
+    Only headers are read: a file cut short is found by its length.
+
+    Raises:
+        CheckpointError: naming what is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; expected one written by `save_pretrained` or `hf-prune run`."
+        )
+    config = _read_json(folder / "config.json")
+    for weights, names in _weight_files(folder).items():
+        path = folder / weights
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} is incomplete: {INDEX} lists {weights}, which isn't there. Save it again."
+            )
+        try:
+            with safe_open(path, framework="np") as tensors:
+                missing = sorted(names.difference(tensors.keys()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short ({error}). Save the model again.") from error
+        if missing:
+            raise CheckpointError(f"{path} lacks {missing[0]!r}, which {INDEX} places there. Save the model again.")
+    for reference in (config.get("auto_map") or {}).values():
+        # `owner/repo--module.Class` names a file of another repository.
+        for name in [reference] if isinstance(reference, str) else filter(None, reference):
+            module = name.rpartition(".")[0].replace(".", "/") + ".py"
+            if "--" not in name and not (folder / module).is_file():
+                raise CheckpointError(
+                    f"{folder} is incomplete: config.json says that {name.rpartition('.')[2]} is defined in {module}, "
+                    f"which isn't there. Save the model again."
+                )
+
+
+def _weight_files(folder: Path) -> dict[str, set[str]]:
+    """The weight files that a load would read, each with the tensors that the index expects in it."""
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS: set()}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has no weights: expected {WEIGHTS}, or {INDEX} and its shards.")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map. Save the model again.")
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        files.setdefault(name, set()).add(tensor)
+    return files
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} is not a checkpoint: it has no {path.name}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Save the model again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected an object. Save the model again.")
+    return value
+
+
+def _explained(error: BaseException, folder: Path, repo_id: str, token: str | None) -> PruneError:
+    """The error as a user meets it: what happened, what to do, and that the folder is as it was."""
+    root = error
+    while not isinstance(root, HfHubHTTPError) and root.__cause__ is not None:
+        root = root.__cause__  # a failed LFS upload arrives as a RuntimeError around the answer
+    kind: type[PruneError] = PruneError
+    owner = repo_id.partition("/")[0]
+    if isinstance(root, HfHubHTTPError):
+        status = root.response.status_code
+        said = (root.server_message or str(root)).strip().splitlines()[0]
+        remedy = {
+            401: "The token is missing, wrong or expired: run `hf auth login`, set HF_TOKEN or pass `token`.",
+            403: f"The token may not write there: use one with the `write` role and a namespace that is yours, not "
+            f"{owner!r}, or open a pull request with `create_pr=True`.",
+            404: "The repository or branch doesn't exist, or the token can't see it: check the name and the token.",
+            409: "Somebody else changed the repository meanwhile: push again.",
+            412: "Somebody else changed the repository meanwhile: push again.",
+            429: "Too many requests: wait a few minutes and push again.",
+        }.get(status, "The Hub is in trouble: push again later." if status >= 500 else "Correct that and push again.")
+        message = f"the Hub answered {status} ({said}). {remedy}"
+    elif isinstance(root, ValueError):
+        said = " ".join(str(root).split())
+        if "README.md" in said:
+            kind = CheckpointError
+            message = (
+                f"the card's header was refused: {said} Correct the top of {folder / 'README.md'} and push again."
+            )
+        else:
+            message = f"{said} Correct that and push again."
+    else:
+        said = " ".join(str(root).split()) or type(root).__name__
+        message = f"the Hub can't be reached ({said}). Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE."
+    message = f"Pushing {folder} to {repo_id!r} failed: {message} Nothing is lost: the folder is as it was."
+    return kind(message.replace(token, "<token>") if token else message)

@@ -1,0 +1,253 @@
+"""The model card of a pruned checkpoint: the report, told to whoever finds the model on the Hub.
+
+Everything in it comes from the report, the recipe or the metadata of the model it was made from. A number that nobody
+measured is not there, and the limits say so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+_TEMPLATE = "card.md.j2"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TITLES = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes"}
+
+
+def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | None, metadata: dict[str, Any]) -> str:
+    """Writes the card's text.
+
+    Args:
+        report: `PruningReport.to_dict()`; keys that are missing leave their part of the card out.
+        recipe_yaml: the recipe as it was run.
+        base_model: the Hub id of the model that was pruned. A local path is named by its last part, and kept out of
+            the metadata, where the Hub accepts ids only.
+        metadata: the card's header fields that are inherited (`license`, `language`, `datasets`, `pipeline_tag`, …)
+            and three that are used here: `repo_id` for the examples, `model_name` for the title, and `dataset`, a
+            mapping with `type` and `name` (`config`, `split`, `revision`) that says where the metrics come from.
+
+    Returns:
+        The text of README.md, header included.
+
+    Raises:
+        ValueError: if a header field is one that `huggingface_hub` can't write.
+    """
+    fields = dict(metadata)
+    repo_id = fields.pop("repo_id", None)
+    dataset = fields.pop("dataset", None)
+    name = fields.pop("model_name", None) or _name(repo_id or base_model)
+    hub_id = base_model if base_model and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else None
+    checkpoint = report.get("checkpoint") or {}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template(_TEMPLATE).render(
+        card_data=_card_data(report, fields, name, hub_id, dataset).to_yaml(),
+        title=name if repo_id or name.endswith("pruned") else f"{name}, pruned",
+        base_model=f"`{_name(base_model) if hub_id is None else hub_id}`" if base_model else None,
+        description=(report.get("recipe") or {}).get("description"),
+        targets=_targets(report),
+        tables=_tables(report),
+        plain=checkpoint.get("loads_with", "transformers") == "transformers",
+        why=_sentence(checkpoint.get("why")),
+        auto_class=checkpoint.get("class") or "AutoModel",
+        repo_id=repo_id or "path/or/repo",
+        verification=_verification(report),
+        recipe_yaml=recipe_yaml.strip(),
+        fence="`" * (1 + max([2, *(len(run) for run in re.findall("`+", recipe_yaml))])),
+        limits=_limits(report),
+        versions=", ".join(f"{package} {version}" for package, version in (report.get("versions") or {}).items()),
+    )
+    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"))
+
+
+def _card_data(
+    report: dict[str, Any], fields: dict[str, Any], name: str, hub_id: str | None, dataset: Mapping[str, Any] | None
+) -> ModelCardData:
+    tags = fields.pop("tags", None) or []
+    inherited = {key: value for key, value in fields.items() if key not in ("base_model", "base_model_relation")}
+    # Of the Hub's four relations (adapter, merge, quantized, finetune) a pruned model is the last: all its own weights.
+    base = {"base_model": hub_id, "base_model_relation": "finetune"} if hub_id else {}
+    results = _eval_results(report, fields, dataset)
+    return ModelCardData(
+        **{"library_name": "transformers", **inherited, **base},
+        tags=[*dict.fromkeys(["hf_prune", "pruned", *([tags] if isinstance(tags, str) else tags)])],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(
+    report: dict[str, Any], fields: dict[str, Any], dataset: Mapping[str, Any] | None
+) -> list[EvalResult]:
+    """The pruned model's metrics for the header; none without a task and a dataset, which the Hub insists on."""
+    task = fields.get("pipeline_tag") or ((report.get("recipe") or {}).get("model") or {}).get("task")
+    if not task or not dataset or not dataset.get("type"):
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset["type"],
+            dataset_name=dataset.get("name") or dataset["type"],
+            dataset_config=dataset.get("config"),
+            dataset_split=dataset.get("split"),
+            dataset_revision=dataset.get("revision"),
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=pruned,
+        )
+        for metric, _, pruned in _metrics(report)
+        if pruned is not None
+    ]
+
+
+def _metrics(report: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
+    """`(name, dense, pruned)` of all that was measured except latency."""
+    rows = []
+    for key, value in (report.get("measured") or {}).items():
+        if key == "latency_ms" or not isinstance(value, Mapping):
+            continue
+        dense, pruned = value.get("dense"), value.get("pruned")
+        if not isinstance(dense, Mapping) and not isinstance(pruned, Mapping):
+            dense, pruned = {key: dense}, {key: pruned}
+        rows += _pairs(dense, pruned)
+    return rows
+
+
+def _pairs(dense: Any, pruned: Any) -> list[tuple[str, float | None, float | None]]:
+    dense, pruned = dense or {}, pruned or {}
+    rows = [(str(name), _number(dense.get(name)), _number(pruned.get(name))) for name in {**dense, **pruned}]
+    return [row for row in rows if row[1:] != (None, None)]
+
+
+def _targets(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each target: what was there, what is kept, what share left."""
+    rows: dict[str, list[int]] = {}
+    for site in report.get("sites") or []:
+        row = rows.setdefault(site.get("target", "?"), [0, 0, 0])
+        for i, count in enumerate((1, site.get("n_units", 0), site.get("n_kept", site.get("n_units", 0)))):
+            row[i] += count
+    return [
+        {
+            "target": target,
+            "n_sites": n_sites,
+            "n_units": f"{n_units:,}",
+            "n_kept": f"{n_kept:,}",
+            "removed": f"{(n_units - n_kept) / n_units:.1%}" if n_units else "–",
+        }
+        for target, (n_sites, n_units, n_kept) in rows.items()
+    ]
+
+
+def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Counted, measured and estimated numbers, each under its own heading."""
+    totals, estimated = report.get("totals") or {}, report.get("estimated") or {}
+    latency = (report.get("measured") or {}).get("latency_ms") or {}
+    hardware = _hardware(report)
+    tables = (
+        ("Size", "Counted on the saved model.", _pairs(totals.get("dense"), totals.get("pruned")), _share),
+        ("Quality", "Measured on the same data before and after.", _metrics(report), _difference),
+        (
+            "Speed",
+            f"Measured on {hardware}." if hardware else "Measured; the hardware wasn't recorded.",
+            [
+                (f"milliseconds, batch of {batch}", *pair)
+                for batch, *pair in _pairs(latency.get("dense"), latency.get("pruned"))
+            ],
+            _speedup,
+        ),
+        ("Estimated", "Computed, not measured.", _pairs(estimated.get("dense"), estimated.get("pruned")), _share),
+    )
+    return [
+        {"title": title, "note": note, "rows": [_row(*row, change=change(*row[1:])) for row in rows]}
+        for title, note, rows, change in tables
+        if rows
+    ]
+
+
+def _row(name: str, dense: float | None, pruned: float | None, change: str) -> dict[str, str]:
+    shown = _TITLES.get(name, name).replace("|", "\\|")
+    return {"name": shown, "dense": _shown(dense), "pruned": _shown(pruned), "change": change}
+
+
+def _share(dense: float | None, pruned: float | None) -> str:
+    return f"{pruned / dense - 1:+.1%}" if dense and pruned is not None else ""
+
+
+def _difference(dense: float | None, pruned: float | None) -> str:
+    return f"{pruned - dense:+.4g}" if dense is not None and pruned is not None else ""
+
+
+def _speedup(dense: float | None, pruned: float | None) -> str:
+    return f"{dense / pruned:.2f}×" if dense and pruned else ""
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or nothing: YAML's `.nan` would be refused by the Hub."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def _verification(report: dict[str, Any]) -> dict[str, Any] | None:
+    found = report.get("verification") or {}
+    if _number(found.get("max_difference")) is None:
+        return None
+    shown = {key: found.get(key) for key in ("inputs", "dtype")}
+    return shown | {
+        "max_difference": f"{found['max_difference']:.1e}",
+        "tolerance": f"{found['tolerance']:.0e}" if _number(found.get("tolerance")) else None,
+    }
+
+
+def _hardware(report: dict[str, Any]) -> str:
+    return ", ".join(
+        str(value) if isinstance(value, str) else f"{key} {value}"
+        for key, value in (report.get("hardware") or {}).items()
+        if value not in (None, "")
+    )
+
+
+def _limits(report: dict[str, Any]) -> list[str]:
+    metrics, measured = _metrics(report), report.get("measured") or {}
+    limits = ["What is known of the limits and biases of the model it was made from holds here too."]
+    if any(pruned is not None for _, _, pruned in metrics):
+        limits.append(
+            "One number hides a spread: pruning costs rare classes and unusual inputs most. Check on data of your own."
+        )
+    else:
+        limits.append("No metric was recorded: nothing here says how much quality was lost. Evaluate before use.")
+    if any(row["target"] == "weights" for row in _targets(report)):
+        limits.append("Weights set to zero keep their place: by themselves they make no model smaller or faster.")
+    if measured.get("latency_ms"):
+        limits.append("Speed holds for the hardware named; fewer parameters gain less at small batches.")
+    else:
+        limits.append("Speed was not measured.")
+    if _verification(report) is None:
+        limits.append("No comparison of the smaller model with the masked one is recorded.")
+    return limits
+
+
+def _name(path_or_id: str | None) -> str:
+    return Path(path_or_id).name if path_or_id else "pruned"
+
+
+def _sentence(text: str | None) -> str | None:
+    return text if not text or text.endswith((".", "!", "?")) else f"{text}."
