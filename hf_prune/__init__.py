@@ -69,9 +69,9 @@ def __dir__() -> list[str]:
 
 
 def _install() -> None:
-    import_module("hf_prune.checkpoint").install()
+    import_module("hf_prune.checkpoint.hooks").install()
 
 
 # Pruned checkpoints load as soon as this package is imported. The hook waits for Transformers' model code, which
 # costs seconds to import and which a program may never need.
-# after_import.call("transformers.modeling_utils", _install)
+after_import.call("transformers.modeling_utils", _install)

@@ -7,15 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_prune.apply.masks import clear_masks, masks_of, set_masks
-from hf_prune.checkpoint.modeling_hf_prune import ConfigView
+from hf_prune.checkpoint.modeling_hf_prune import ConfigView, set_sizes
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
-
-
-LAYER_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "layer_index")
 
 
 @dataclass
@@ -71,7 +67,7 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
         setattr(module, piece.tensor, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
         if piece.name in weights:
             weights[piece.name] = weights[piece.name].index_select(piece.dim, index)
-        _set_sizes(module)
+        set_sizes(module)
     for norm in site.norms:
         module = model.get_submodule(norm.module)
         grown = site.n_units / n_kept  # N / K
@@ -88,17 +84,6 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
         module.config = ConfigView(module.config, overrides)
 
 
-def _set_sizes(module: nn.Module) -> None:
-    """The numbers that a layer says of its own weight."""
-    weight = module.weight
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = weight.shape
-
-
 def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Delete blocks, hand on what the first one owned, renumber. Returns the weight masks under their new names."""
     if site.is_shared:
@@ -111,11 +96,15 @@ def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[st
     _hand_on(blocks[0], blocks[kept[0]])
     for new, old in enumerate(kept):
         for module in blocks[old].modules():
-            for name in LAYER_NUMBER_NAMES:
+            for name in layouts.LAYER_NUMBER_NAMES:
                 if module.__dict__.get(name) == old:
                     setattr(module, name, new)
     parent_name, _, child = site.name.rpartition(".")
-    setattr(model.get_submodule(parent_name), child, nn.ModuleList(blocks[old] for old in kept))
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, nn.ModuleList(blocks[old] for old in kept))
+    for name in layouts.DEPTH_NAMES:
+        if parent.__dict__.get(name) == len(blocks):
+            setattr(parent, name, len(kept))
     renamed = {f"{site.name}.{old}.": f"{site.name}.{new}." for new, old in enumerate(kept)}
     moved = {}
     for name, mask in weights.items():

@@ -82,9 +82,7 @@ class SquaredUpdates:
         for key, positions in self._positions.items():
             for name in positions.blocks:
                 block = self._model.get_submodule(name)
-                yield block.register_forward_hook(
-                    self._hook(key, name, id(block) in self._decoder), with_kwargs=True
-                )
+                yield block.register_forward_hook(self._hook(key, name, id(block) in self._decoder), with_kwargs=True)
 
     def begin(self, batch: Batch) -> None:
         self._batch = batch

@@ -47,7 +47,9 @@ def parameter_names(model: nn.Module, sites: Sequence[Site | WeightSite]) -> lis
             names[site.name] = None
         elif site.target == "layers":
             for block in dict.fromkeys(site.blocks):
-                names.update(dict.fromkeys(f"{block}.{name}" for name, _ in model.get_submodule(block).named_parameters()))
+                names.update(
+                    dict.fromkeys(f"{block}.{name}" for name, _ in model.get_submodule(block).named_parameters())
+                )
         else:
             names.update((piece.name, None) for piece in site.slices if is_parameter(model, piece))
     return list(names)

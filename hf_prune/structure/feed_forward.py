@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_prune.structure.layouts import FEED_FORWARD_LAYOUTS, FeedForwardLayout
+from hf_prune.structure.layouts import FEED_FORWARD_LAYOUTS, FEED_FORWARD_WIDTH_NAMES, FeedForwardLayout
 from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear
 from hf_prune.structure.projections import reading_slice, writing_slices
-from hf_prune.structure.sites import Read, Refusal, Site, Span
+from hf_prune.structure.sites import Attribute, Read, Refusal, Site, Span
 
 
 def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
@@ -36,7 +36,12 @@ def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site | Re
     spans = tuple(Span(part * d_ff, 1) for part in range(layout.stacked))
     slices = [piece for part, module in inputs for piece in writing_slices(part, module, spans)]
     slices.append(reading_slice(output_name, output, Span(0, 1)))
-    return Site(name, "ffn_neurons", d_ff, tuple(slices), reads=(Read(output_name, Span(0, 1)),))
+    attributes = tuple(
+        Attribute(name, attribute, 1)
+        for attribute in FEED_FORWARD_WIDTH_NAMES
+        if names.modules[name].__dict__.get(attribute) == d_ff
+    )
+    return Site(name, "ffn_neurons", d_ff, tuple(slices), attributes, reads=(Read(output_name, Span(0, 1)),))
 
 
 def _norm_over_units(module: nn.Module, d_ff: int, d_model: int) -> str | None:

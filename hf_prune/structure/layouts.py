@@ -109,6 +109,13 @@ KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
 # Widths that count all query heads' entries and are used to split or reshape.
 ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size")
 
+# What feed-forward modules call d_ff.
+FEED_FORWARD_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "hidden_dim", "d_ff")
+
+# What modules that hold a stack call its depth, and what blocks call their own number.
+DEPTH_NAMES = ("n_layers", "num_layers", "num_hidden_layers")
+LAYER_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "layer_index")
+
 # Query and key norms: over one head (nothing to do) or over all of them (folded, or refused).
 FULL_WIDTH_NORM_NAMES = ("q_norm", "k_norm")
 NORM_EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")

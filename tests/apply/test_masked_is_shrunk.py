@@ -7,8 +7,8 @@ import torch
 
 from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.shrink import remove_masked_
+from hf_prune.checkpoint import settle_config_
 from hf_prune.errors import PruneError
-from hf_prune.pipeline import shrink_
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
@@ -34,6 +34,10 @@ def some_masks(model, targets, seed=0):
             keep[order[:n_removed]] = False
             units[site.key] = keep
     return KeepMasks(units=units)
+
+
+def shrink_(model):
+    return settle_config_(model, remove_masked_(model).kept_layers)
 
 
 def outputs(model, inputs):

@@ -1,0 +1,360 @@
+"""After removal: make the config say the new sizes, or write the manifest that does.
+
+Expressible is tested, never assumed: an edited config is built on the meta device and every size compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_prune.checkpoint.modeling_hf_prune import CLASS_PREFIX, MANIFEST_VERSION, ConfigView
+from hf_prune.errors import UnsupportedModelError
+from hf_prune.structure import Site, inspect_model
+
+
+# Config fields that may hold a depth, a feed-forward width, numbers of heads. Which one does is found by building.
+DEPTH_FIELDS = (
+    "num_hidden_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "n_layer",
+    "n_layers",
+    "depth",
+)
+WIDTH_FIELDS = (
+    "intermediate_size",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "hidden_dim",
+    "d_ff",
+    "n_inner",
+)
+HEAD_FIELDS = (
+    "num_attention_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "num_heads",
+    "n_heads",
+    "n_head",
+    "num_key_value_heads",
+    "num_kv_heads",
+)
+# Lists of a config with one entry a layer have one of these in their name.
+PER_LAYER_WORDS = ("layer", "block", "_types")
+
+Edit = dict[tuple[str, str], Any]  # (path of the nested config, field) -> value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the checkpoint will load: `loads_with` is "transformers" or "hf_prune", `why` one sentence."""
+
+    loads_with: str
+    why: str
+    edits: dict[str, Any] = field(default_factory=dict)
+
+
+def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -> Verdict:
+    """Edit `model.config` so that it builds the model as it is now; where no stock field can, add the manifest.
+
+    Args:
+        model: after `remove_masked_`; a plain `nn.Module` without a config is left alone.
+        kept_layers: for each stack that lost layers, the old numbers of those that stay.
+
+    Raises:
+        UnsupportedModelError: no config field holds the depth of a stack that lost layers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return Verdict("torch", "not a Transformers model: save its state dict yourself")
+    config = _plain_copy(model.config)
+    depth = _depth_edit(model, config, kept_layers)
+    with_depth = _edited(config, depth)
+    wanted = _sizes(model)
+    base = _build(model, with_depth)
+    if base is None:
+        raise UnsupportedModelError(f"{type(model).__name__} can't be built from its config once layers are dropped")
+    widths: Edit = {}
+    missing = _n_different(wanted, _sizes(base))
+    for edit in _width_edits(model, base, with_depth):
+        if not missing:
+            break
+        built = _build(model, _edited(with_depth, {**widths, **edit}))
+        remaining = missing if built is None else _n_different(wanted, _sizes(built))
+        if remaining < missing:
+            widths, missing = {**widths, **edit}, remaining
+    edits = {**depth, **(widths if not missing else {})}
+    final = _build(model, _edited(config, edits))
+    assert final is not None
+    _adopt(model, final, edits)
+    said = {f"{path}.{name}" if path else name: value for (path, name), value in edits.items()}
+    if not missing:
+        for name in ("hf_prune", "auto_map"):
+            model.config.__dict__.pop(name, None)
+        return Verdict("transformers", "its config says every size" if said else "its sizes are as they were", said)
+    model.config.hf_prune = _manifest(model, final)
+    model.config.auto_map = _auto_map(model)
+    n_modules = len(model.config.hf_prune["modules"])
+    return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, which differ by layer", said)
+
+
+def allowed_sizes(model: nn.Module, sites: Sequence[Site]) -> list[int]:
+    """The numbers of kept units, the same in all `sites`, that the stock config can say; ascending.
+
+    A feed-forward width is free once one smaller width is; numbers of heads are tried one by one.
+    """
+    largest = min(site.n_units for site in sites)
+    config = _plain_copy(model.config)
+    tried = range(1, largest) if sites[0].target == "attention_heads" else range(largest - 1, largest)
+    allowed = [size for size in tried if _says(model, config, sites, size)]
+    if sites[0].target != "attention_heads" and allowed:
+        allowed = list(range(1, largest))
+    return [*allowed, largest]
+
+
+def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int) -> bool:
+    """Whether some edit gives every site of `sites`, and no other site, `size` units."""
+    before = _entries_by_site(model)
+    wanted = before | {site.key: before[site.key] // site.n_units * size for site in sites}
+    fields = WIDTH_FIELDS if sites[0].target == "ffn_neurons" else HEAD_FIELDS
+    edit: Edit = {}
+    for one in _scaling_edits(config, fields, sites[0].n_units, size):
+        built = _build(model, _edited(config, {**edit, **one}))
+        if built is None:
+            continue
+        found = _entries_by_site(built)
+        if found == wanted:
+            return True
+        if all(found[key] in (before[key], wanted[key]) for key in before) and found != before:
+            edit = {**edit, **one}
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------------
+# building and comparing
+
+
+def _build(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
+    """The model's class on the meta device; None where the config's own checks refuse."""
+    try:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(config))
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, AssertionError):
+        return None
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    """Every size that must agree: tensors, and the plain numbers of modules (heads, widths, layer numbers)."""
+    sizes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    sizes |= {name: tuple(tensor.shape) for name, tensor in model.named_buffers()}
+    for name, module in model.named_modules():
+        sizes |= {f"{name}:{attribute}": value for attribute, value in _numbers(module).items()}
+    return sizes
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if type(value) in (int, float) and not name.startswith("_")
+    }
+
+
+def _n_different(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> int:
+    return sum(wanted.get(name) != found.get(name) for name in wanted.keys() | found.keys())
+
+
+# --------------------------------------------------------------------------------------------------------------
+# edits
+
+
+def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The config and its nested ones, with their paths."""
+    yield path, config
+    for name, value in list(config.__dict__.items()):
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value, f"{path}.{name}" if path else name)
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        config = getattr(config, name)
+    return config
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # configs with per-layer values refuse to say one for all
+        return None
+
+
+def _edited(config: Any, edit: Edit) -> Any:
+    edited = copy.deepcopy(config)
+    for (path, name), value in edit.items():
+        setattr(_at(edited, path), name, copy.deepcopy(value))
+    return edited
+
+
+def _plain_copy(config: Any) -> Any:
+    """The config without an earlier manifest, so that it builds stock sizes."""
+    plain = copy.deepcopy(config)
+    for name in ("hf_prune", "auto_map"):
+        plain.__dict__.pop(name, None)
+    return plain
+
+
+def _depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, Sequence[int]]) -> Edit:
+    """For each stack the depth field that it follows, and every per-layer list beside it cut to what is kept."""
+    edit: Edit = {}
+    built = _build(model, config)
+    for stack, kept in kept_layers.items():
+        depth = None if built is None else len(built.get_submodule(stack))
+        if depth is None or len(model.get_submodule(stack)) == depth:
+            continue  # a shared block: the number of calls is already in the config
+        for path, nested in _configs(config):
+            lists = {
+                (path, name): [value[number] for number in kept]
+                for name, value in nested.__dict__.items()
+                if isinstance(value, (list, tuple)) and len(value) == depth and any(w in name for w in PER_LAYER_WORDS)
+            }
+            for name in DEPTH_FIELDS:
+                if _read(nested, name) != depth:
+                    continue
+                attempt = {**edit, (path, name): len(kept), **lists}
+                shorter = _build(model, _edited(config, attempt))
+                if shorter is not None and len(shorter.get_submodule(stack)) == len(kept):
+                    edit = attempt
+                    break
+            else:
+                continue
+            break
+        else:
+            raise UnsupportedModelError(f"no field of {type(config).__name__} holds the depth of {stack} ({depth})")
+    return edit
+
+
+def _width_edits(model: PreTrainedModel, built: PreTrainedModel, config: Any) -> Iterator[Edit]:
+    """Edits that may bring the config's widths to the model's: from what each kind of site has now and had before."""
+    before = {site.key: site for site in inspect_model(built).sites}
+    for target, fields in (("ffn_neurons", WIDTH_FIELDS), ("attention_heads", HEAD_FIELDS)):
+        # by entries and not by units: with one key/value head left, a unit is another thing than with two
+        changes = dict.fromkeys(
+            (_n_entries(before[site.key]), _n_entries(site))
+            for site in inspect_model(model).of(target)  # type: ignore[arg-type]
+            if site.key in before and _n_entries(site) != _n_entries(before[site.key])
+        )
+        for old, new in changes:
+            yield from _scaling_edits(config, fields, old, new)
+
+
+def _entries_by_site(model: nn.Module) -> dict[str, int]:
+    return {site.key: _n_entries(site) for site in inspect_model(model).sites if site.target != "layers"}
+
+
+def _n_entries(site: Site) -> int:
+    """Entries that the output projection reads."""
+    return site.reads[0].span.width * site.n_units
+
+
+def _scaling_edits(config: Any, fields: Sequence[str], old: int, new: int) -> Iterator[Edit]:
+    """`old` units become `new`: each field that counts them by itself, then all fields of one config together."""
+    for path, nested in _configs(config):
+        scaled: Edit = {}
+        for name in fields:
+            value = _read(nested, name)
+            if isinstance(value, int) and value and value * new % old == 0:
+                scaled[path, name] = value * new // old
+            elif value is None and name in nested.__dict__ and fields is WIDTH_FIELDS:
+                scaled[path, name] = new  # a width that the model derives when none is given (GPT-2's n_inner)
+        pinned: Edit = {}
+        if fields is HEAD_FIELDS and "head_dim" in nested.__dict__:
+            heads, width = _read(nested, "num_attention_heads"), _read(nested, "hidden_size")
+            size = _read(nested, "head_dim") or (width // heads if heads and width else None)
+            pinned = {(path, "head_dim"): size} if size else {}
+        for key, value in scaled.items():
+            yield {key: value, **pinned}
+        if len(scaled) > 1:
+            yield {**scaled, **pinned}
+
+
+def _adopt(model: PreTrainedModel, built: PreTrainedModel, edit: Edit) -> None:
+    """Write the edit into the live config, and into the copies of it that parts of the model hold."""
+    for (path, name), value in edit.items():
+        setattr(_at(model.config, path), name, value)
+    known = {id(config) for _, config in _configs(model.config)}
+    names = {name for _, name in edit} | set(DEPTH_FIELDS)
+    others = dict(built.named_modules())
+    for path, module in model.named_modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig) and id(config) not in known and path in others:
+            known.add(id(config))
+            for name in names & config.__dict__.keys():
+                setattr(config, name, getattr(others[path].config, name))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the manifest
+
+
+def _manifest(model: PreTrainedModel, built: PreTrainedModel) -> dict[str, Any]:
+    """What differs between the live model and what its config builds, by module."""
+    stock = dict(built.named_modules())
+    modules: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        entry: dict[str, Any] = {}
+        shapes = {
+            tensor: list(parameter.shape)
+            for tensor, parameter in module._parameters.items()
+            if parameter is not None and parameter.shape != stock[name]._parameters[tensor].shape
+        }
+        theirs = _numbers(stock[name])
+        numbers = {
+            attribute: value
+            for attribute, value in _numbers(module).items()
+            if attribute in theirs and theirs[attribute] != value and not (shapes and attribute in SIZES_OF_LAYERS)
+        }
+        view = module.__dict__.get("config")
+        if shapes:
+            entry["tensors"] = shapes
+        if numbers:
+            entry["attributes"] = numbers
+        if isinstance(view, ConfigView):
+            entry["config"] = dict(view.__dict__["_overrides"])
+        if entry:
+            modules[name] = entry
+    return {
+        "version": MANIFEST_VERSION,
+        "class": type(model).__name__,
+        "base_model_prefix": model.base_model_prefix if model.base_model is not model else "",
+        "modules": modules,
+    }
+
+
+# numbers that follow from a layer's weight
+SIZES_OF_LAYERS = ("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim")
+
+
+def _auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """Auto class -> class in the modelling file, for every task that the model type knows."""
+    from transformers.models.auto import modeling_auto
+
+    auto_map = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is None or not name.startswith("AutoModel"):
+            continue
+        names = mapping._model_mapping.get(model.config.model_type)
+        if names:
+            auto_map[name] = f"modeling_hf_prune.{CLASS_PREFIX}{names[0] if isinstance(names, tuple) else names}"
+    return auto_map

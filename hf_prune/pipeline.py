@@ -1,0 +1,392 @@
+"""The one-shot path: plan, apply, shrink, verify, report. Training runs through the same functions, update by update."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.allocation import UnitCost, choose_units, choose_weights, select_sites
+from hf_prune.apply.masks import masked_entries, masks_of, set_masks
+from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
+from hf_prune.apply.verify import Verification
+from hf_prune.apply.verify import verify as verify_models
+from hf_prune.calibration import collect
+from hf_prune.checkpoint import Verdict, allowed_sizes, settle_config_
+from hf_prune.criteria import get as get_criterion
+from hf_prune.errors import CalibrationError, PruneError, UnsupportedModelError
+from hf_prune.plan import KeepMasks, PruningPlan
+from hf_prune.recipe import Recipe
+from hf_prune.report import PruningReport
+from hf_prune.report.build import Totals, build_report, measure_totals
+from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites
+from hf_prune.structure.cost import unit_macs, unit_parameters
+from hf_prune.structure.inputs import example_inputs
+
+
+RecipeLike = Recipe | Mapping[str, Any] | str | Path
+Batches = Iterable[Mapping[str, Any]]
+
+
+def make_plan(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    calibration: Batches | None = None,
+    progress: float | Sequence[float] = 1.0,
+    previous: PruningPlan | None = None,
+) -> PruningPlan:
+    """Decide what leaves `model` by `recipe`. The model is left as it was.
+
+    Args:
+        model: any model with sites for the recipe's targets; masks that it has already stay.
+        recipe: a `Recipe`, a mapping, or a path to YAML.
+        calibration: keyword inputs of the model, batch first; needed by criteria that look at data.
+        progress: how much of the final sparsity to reach, in [0, 1]; one number, or one a step of the recipe.
+        previous: the plan of the update before: what left by it stays out, and its base counts as the beginning.
+
+    Returns:
+        The plan; equal inputs give an equal plan, on one process or many.
+
+    Raises:
+        RecipeError: the recipe can't be met on this model.
+        CalibrationError: a criterion lacks the data or labels that it needs.
+        UnsupportedModelError: the model has no unit of a target, with the reason.
+    """
+    recipe = Recipe.load(recipe)
+    structure = inspect_model(model)
+    progresses = list(progress) if isinstance(progress, Sequence) else [progress] * len(recipe.prune)
+    batches = list(calibration) if calibration is not None else None
+    plan = PruningPlan(
+        steps=[],
+        base=previous.base if previous else masks_of(model),
+        recipe=recipe.to_dict(),
+        progress=max(progresses),
+    )
+    for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
+        before = previous.steps[number] if previous else KeepMasks()
+        if reached <= 0:
+            plan.steps.append(before)
+            continue
+        planner = _StepPlanner(model, structure, recipe, step, batches, plan.masks)
+        plan.steps.append(planner.choose(before, reached, plan))
+    return plan
+
+
+class _StepPlanner:
+    """One step of a recipe on one model: which sites are eligible, their scores, the choice."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: ModelStructure,
+        recipe: Recipe,
+        step: Any,
+        batches: list[Mapping[str, Any]] | None,
+        kept: KeepMasks,
+    ):
+        self.model, self.structure, self.recipe, self.step, self.batches = model, structure, recipe, step, batches
+        self.kept = kept
+        options = dict(step.criterion.options)
+        if step.criterion.name == "random" and options.get("seed") is None:
+            options["seed"] = recipe.seed
+        self.criterion = None if step.remove is not None else get_criterion(step.criterion.name, options)
+
+    def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
+        if self.step.target == "weights":
+            sites = select_sites(self.step, self.structure.weights)
+            eligible = {site.name: self._eligible_entries(site) for site in sites}
+            gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
+            chosen = choose_weights(self.step, sites, self._scores(sites), eligible, gone, progress=progress)
+            keep = KeepMasks(weights=chosen.keep)
+        else:
+            require_sites(self.structure, self.step.target)
+            dropped = dropped_blocks(self.structure, self.kept)
+            sites = [
+                site
+                for site in select_sites(self.step, self.structure.of(self.step.target))
+                if site.target == "layers" or not _inside(site, dropped)
+            ]
+            eligible = {
+                site.key: self.kept.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool)) for site in sites
+            }
+            gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
+            chosen = choose_units(
+                self.step,
+                sites,
+                self._scores(sites),
+                eligible,
+                gone,
+                progress=progress,
+                cost=self._cost(sites),
+                loss_units=bool(self.criterion and self.criterion.loss_units),
+                allowed_sizes=(lambda group: allowed_sizes(self.model, group)) if self.step.uniform else None,
+            )
+            keep = KeepMasks(units=chosen.keep)
+        plan.notes += [note for note in chosen.notes if note not in plan.notes]
+        plan.n_near_ties += chosen.n_near_ties
+        # what an earlier update removed stays out, also where its site is no longer in question
+        return before & keep
+
+    def _scores(self, sites: Sequence[Site | WeightSite]) -> dict[str, Tensor]:
+        if self.criterion is None:
+            return {}
+        needs = self.criterion.needs(self.step.target)
+        model = self.model
+        if needs:
+            if not self.batches:
+                raise CalibrationError(
+                    f"criterion {self.step.criterion.name!r} scores {self.step.target} by data; pass `calibration`, an "
+                    "iterable of the keyword inputs that the model takes (with labels where it needs a loss)"
+                )
+            if self.kept != masks_of(model):
+                # earlier steps have removed something: score what is left as it will compute, on a scratch copy
+                model = copy.deepcopy(model)
+                set_masks(model, self.kept)
+        statistics = collect(model, self.batches or [], needs, sites, seed=self.recipe.seed) if needs else None
+        if self.step.target == "weights":
+            return {site.name: self.criterion.score_weights(model, site, statistics) for site in sites}
+        return {site.key: self.criterion.score_units(model, site, statistics) for site in sites}
+
+    def _eligible_entries(self, site: WeightSite) -> Tensor:
+        """Entries of a weight that are outside removed units and layers, and not removed by an earlier step."""
+        eligible = self.kept.weights.get(site.name, torch.ones(site.shape, dtype=torch.bool)).clone()
+        for key, keep in self.kept.units.items():
+            unit_site = self.structure[key]
+            gone = torch.nonzero(~keep).reshape(-1)
+            for piece in unit_site.slices if len(gone) else ():
+                if piece.name == site.name:
+                    eligible.index_fill_(piece.dim, piece.index(gone), False)
+        if any(site.module.startswith(f"{block}.") for block in dropped_blocks(self.structure, self.kept)):
+            eligible.zero_()
+        return eligible
+
+    def _cost(self, sites: Sequence[Site]) -> UnitCost | None:
+        budget = self.step.sparsity
+        if hasattr(budget, "parameters"):
+            return UnitCost(
+                float(self.structure.n_parameters), {site.key: unit_parameters(self.model, site) for site in sites}
+            )
+        if hasattr(budget, "macs"):
+            length = self.recipe.calibration.length
+            total = sum(
+                unit_macs(self.model, site, length) * site.n_units
+                for site in self.structure
+                if site.target != "layers"
+            )
+            return UnitCost(total, {site.key: unit_macs(self.model, site, length) for site in sites})
+        return None
+
+
+def dropped_blocks(structure: ModelStructure, kept: KeepMasks) -> list[str]:
+    """Names of the blocks that the masks bypass at every call."""
+    dropped = []
+    for site in structure.of("layers"):
+        keep = kept.units.get(site.key)
+        if keep is not None and not site.is_shared:
+            dropped += [block for block, is_kept in zip(site.blocks, keep.tolist(), strict=True) if not is_kept]
+    return dropped
+
+
+def _inside(site: Site, blocks: Sequence[str]) -> bool:
+    return any(site.name == block or site.name.startswith(f"{block}.") for block in blocks)
+
+
+def apply_(model: nn.Module, plan: PruningPlan) -> None:
+    """Mask what `plan` removes and put its replacement tensors in place. Masks only ever grow.
+
+    Raises:
+        PruneError: the plan was made for another model.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in plan.replacements.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise PruneError(f"the plan replaces {name} {tuple(tensor.shape)}, which this model has not")
+    masks = masks_of(model) & plan.masks
+    set_masks(model, masks)
+    with torch.no_grad():
+        for name, tensor in plan.replacements.items():
+            parameters[name].copy_(tensor)
+        if plan.replacements:
+            set_masks(model, masks)
+
+
+def shrink_(model: nn.Module) -> ShrinkRecord:
+    """Remove what is masked from `model` physically, in place, and make its config say so.
+
+    Neurons, heads and layers leave; masked single weights stay, as zeros. Optimizers made before hold the old
+    parameters. Nothing is verified here: `prune_` does that.
+
+    Returns:
+        What was removed.
+    """
+    return _shrink(model)[0]
+
+
+def _shrink(model: nn.Module) -> tuple[ShrinkRecord, Verdict]:
+    record = remove_masked_(model)
+    return record, settle_config_(model, record.kept_layers)
+
+
+def finish_(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    plan: PruningPlan | None = None,
+    batches: Batches | None = None,
+    inputs: str = "calibration",
+    shrink: bool = True,
+    verify: bool = True,
+    dense: Totals | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> PruningReport:
+    """Shrink a masked model, verify it, and put the recipe, report and card on it for `save_pretrained`.
+
+    Args:
+        model: with masks on (`apply_`, or at the end of training).
+        recipe: what the masks came from.
+        plan: the last plan, for its notes.
+        batches: inputs to verify on; made up from the config if there are none.
+        inputs: what the batches are: "calibration", "training", "evaluation".
+        shrink: remove masked units physically; with False the model stays masked.
+        verify: compare the smaller model with the masked one.
+        dense: parameters and MACs before pruning; measured here, on the masked model, if not given.
+        seconds: what earlier stages took.
+
+    Raises:
+        VerificationError: the smaller model computes something else; the model is masked, as it was.
+    """
+    recipe = Recipe.load(recipe)
+    structure, masks = inspect_model(model), masks_of(model)
+    batches, inputs = _verification_batches(model, batches, inputs)
+    dense = dense or measure_totals(model, batches)
+    times = dict(seconds or {})
+    was_training = model.training
+    model.eval()
+    verification: Verification | None = None
+    verdict: Verdict | None = None
+    started = time.perf_counter()
+    if shrink and any(not keep.all() for keep in masks.units.values()):
+        masked = copy.deepcopy(model)
+        try:
+            record, verdict = _shrink(model)
+            times["shrink"], started = time.perf_counter() - started, time.perf_counter()
+            if verify:
+                verification = verify_models(masked, model, structure, record, batches, inputs)
+                times["verify"] = time.perf_counter() - started
+        except BaseException:
+            # the masked model comes back, on the same object: no work is lost
+            model.__dict__.clear()
+            model.__dict__.update(masked.__dict__)
+            model.train(was_training)
+            raise
+        del masked
+    report = build_report(
+        model,
+        recipe,
+        structure=structure,
+        masks=masks,
+        shrunk=shrink,
+        dense=dense,
+        pruned=measure_totals(model, batches),
+        verification=verification,
+        verdict=verdict or settle_config_(model, {}),
+        notes=plan.notes if plan else [],
+        seconds=times,
+    )
+    report.attach_(model)
+    model.train(was_training)
+    return report
+
+
+def prune_(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    calibration: Batches | None = None,
+    shrink: bool = True,
+    verify: bool = True,
+) -> PruningReport:
+    """Prune `model` in one shot, in place: plan, mask, remove, verify.
+
+    Args:
+        model: a Transformers model.
+        recipe: a `Recipe`, a mapping, or a path to YAML; its schedule is of no account here.
+        calibration: keyword inputs of the model; needed by criteria that look at data, used to verify.
+        shrink: remove masked units physically; with False they are masked only.
+        verify: compare the smaller model with the masked one before it is handed over.
+
+    Returns:
+        The report; print it for a table. `model.save_pretrained` now writes a checkpoint that loads again.
+
+    Raises:
+        PruneError: the recipe, the data or the model won't do, or verification failed; the model is as it was.
+    """
+    recipe = Recipe.load(recipe)
+    batches = list(calibration) if calibration is not None else None
+    dense = measure_totals(model, _verification_batches(model, batches, "calibration")[0])
+    started = time.perf_counter()
+    plan = make_plan(model, recipe, calibration=batches)
+    planned = time.perf_counter() - started
+    undo = _Undo(model, plan)
+    try:
+        apply_(model, plan)
+        return finish_(
+            model,
+            recipe,
+            plan=plan,
+            batches=batches,
+            shrink=shrink,
+            verify=verify,
+            dense=dense,
+            seconds={"plan": planned},
+        )
+    except BaseException:
+        undo(model)
+        raise
+
+
+class _Undo:
+    """Brings back what a plan zeroes or replaces, and the masks that were there before."""
+
+    def __init__(self, model: nn.Module, plan: PruningPlan):
+        self.before = masks_of(model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.entries = [
+            (entry, entry.values(parameters[entry.name]))
+            for entry in masked_entries(inspect_model(model), self.before & plan.masks)
+        ]
+        self.replaced = {name: parameters[name].detach().clone() for name in plan.replacements}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> None:
+        set_masks(model, self.before)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, value in self.replaced.items():
+            parameters[name].copy_(value)
+        for entry, values in self.entries:
+            entry.restore_(parameters[entry.name], values)
+
+
+def _verification_batches(
+    model: nn.Module, batches: Batches | None, inputs: str, at_most: int = 2
+) -> tuple[list[Mapping[str, Any]], str]:
+    """A few batches on the model's device: the user's own, else generated ones."""
+    if batches is not None:
+        device = next(model.parameters()).device
+        chosen = []
+        for batch in batches:
+            chosen.append({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            if len(chosen) == at_most:
+                break
+        if chosen:
+            return chosen, inputs
+    try:
+        return [example_inputs(model)], "generated"
+    except UnsupportedModelError:
+        return [], "none"

@@ -1,0 +1,234 @@
+"""Whatever sizes a model has after removal, its checkpoint loads again and computes the same."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModel, BertForSequenceClassification, BertModel, PreTrainedModel
+
+import hf_prune
+from hf_prune.apply.masks import set_masks
+from hf_prune.apply.shrink import remove_masked_
+from hf_prune.checkpoint import allowed_sizes, is_complete, settle_config_
+from hf_prune.errors import CheckpointError
+from hf_prune.plan import KeepMasks
+from hf_prune.structure import inspect_model
+from hf_prune.structure.inputs import example_inputs
+from tests import zoo
+
+
+def shrunk(name, dtype=torch.float32, targets=("ffn_neurons", "attention_heads", "layers"), uneven=True):
+    """A model after removal: half the heads, 8 or 16 neurons a site, the first block."""
+    model = zoo.build(name, dtype)
+    units = {}
+    for number, site in enumerate(inspect_model(model).sites):
+        if site.target in targets:
+            n_removed = {
+                "layers": 1,
+                "attention_heads": site.n_units // 2,
+                "ffn_neurons": 8 + 8 * uneven * (number % 2),
+            }
+            keep = torch.ones(site.n_units, dtype=torch.bool)
+            keep[: n_removed[site.target]] = False
+            units[site.key] = keep
+    set_masks(model, KeepMasks(units=units))
+    return model, settle_config_(model, remove_masked_(model).kept_layers)
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        return {key: value for key, value in model.eval()(**inputs).items() if isinstance(value, torch.Tensor)}
+
+
+def assert_close(a, b, tolerance=1e-6):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key] - b[key]).abs().max() <= tolerance * a[key].abs().max()
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_round_trip(name, uneven, tmp_path):
+    model, _ = shrunk(name, torch.float64, uneven=uneven)
+    inputs = example_inputs(model)
+    model.save_pretrained(tmp_path / "model")
+    for loader in (type(model), zoo.MODELS[name][2]):
+        loaded = loader.from_pretrained(tmp_path / "model", dtype=torch.float64)
+        assert type(loaded) is type(model)
+        assert_close(outputs(model, inputs), outputs(loaded, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "edits"),
+    [
+        ("bert", ("ffn_neurons",), {"intermediate_size": 40}),
+        ("llama", ("ffn_neurons",), {"intermediate_size": 40}),
+        ("llama", ("attention_heads",), {"num_attention_heads": 2, "head_dim": 8, "num_key_value_heads": 1}),
+        ("gpt2", ("ffn_neurons",), {"n_inner": 120}),
+        ("t5", ("ffn_neurons",), {"d_ff": 40}),
+        ("bart", ("ffn_neurons",), {"encoder_ffn_dim": 40, "decoder_ffn_dim": 32}),
+        ("albert", ("layers",), {}),
+        ("clip", ("layers",), {"text_config.num_hidden_layers": 2, "vision_config.num_hidden_layers": 2}),
+    ],
+)
+def test_what_the_config_can_say_is_a_stock_checkpoint(name, targets, edits, tmp_path):
+    model, verdict = shrunk(name, targets=targets, uneven=False)
+    assert verdict.loads_with == "transformers"
+    assert verdict.edits == edits
+    model.save_pretrained(tmp_path)
+    assert "hf_prune" not in (tmp_path / "config.json").read_text()
+    assert not list(tmp_path.glob("*.py"))
+
+
+@pytest.mark.parametrize(("name", "targets"), [("bert", ("attention_heads",)), ("bloom", ("ffn_neurons",))])
+def test_what_it_can_not_say_carries_a_manifest_and_the_modelling_file(name, targets, tmp_path):
+    model, verdict = shrunk(name, targets=targets)
+    assert verdict.loads_with == "hf_prune"
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hf_prune"]["version"] == 1
+    assert (tmp_path / "modeling_hf_prune.py").exists()
+    assert is_complete(tmp_path)
+
+
+def test_base_from_head_and_head_from_base(tmp_path):
+    model, _ = shrunk("bert")
+    inputs = example_inputs(model)
+    model.save_pretrained(tmp_path / "head")
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    assert isinstance(base, BertModel)
+    assert_close(outputs(model.bert, inputs), outputs(base, inputs))
+    base.save_pretrained(tmp_path / "base")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert_close(outputs(model.bert, inputs), outputs(again.bert, inputs))
+
+
+def test_sharded_other_dtype_deepcopy_and_pickle(tmp_path):
+    model, _ = shrunk("phi3")
+    inputs = example_inputs(model)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_close(outputs(model, inputs), outputs(loaded, inputs))
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    for twin in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert_close(outputs(model, inputs), outputs(twin, inputs))
+
+
+def test_generate(tmp_path):
+    model, _ = shrunk("llama")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    ids = example_inputs(model)["input_ids"]
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
+        loaded.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
+    )
+
+
+def test_loads_without_hf_prune(tmp_path):
+    """The checkpoint's own modelling file, in a process that can't import this package."""
+    model, _ = shrunk("bert")
+    model.save_pretrained(tmp_path / "model")
+    inputs = example_inputs(model)
+    torch.save((inputs, outputs(model, inputs)), tmp_path / "expected.pt")
+    program = f"""
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_prune":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Hide())
+try:
+    import hf_prune
+except ModuleNotFoundError:
+    print("hidden")
+
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+inputs, expected = torch.load({str(tmp_path / "expected.pt")!r})
+model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    assert (model(**inputs).logits - expected["logits"]).abs().max() < 1e-6
+model.save_pretrained({str(tmp_path / "again")!r})
+AutoModel.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "hidden" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda manifest: manifest.update(version=2), "Upgrade hf_prune"),
+        (lambda manifest: manifest.update(version="1"), "expected an integer"),
+        (lambda manifest: manifest.pop("modules"), "modules is missing"),
+        (lambda manifest: manifest["modules"].update(nowhere={"tensors": {"weight": [1]}}), "'nowhere'"),
+        (lambda manifest: _first(manifest)["tensors"].update(weight=[10**9, 32]), "more than"),
+        (lambda manifest: _first(manifest)["tensors"].update(weight=[-1, 32]), "positive integers"),
+        (lambda manifest: _first(manifest)["tensors"].update(weight="all"), "positive integers"),
+        (lambda manifest: _first(manifest).update(code="import os"), "tensors, attributes and config only"),
+        (lambda manifest: _first(manifest).update(attributes={"forward": 1}), "expected a number"),
+    ],
+)
+def test_a_bad_manifest_is_refused(damage, message, tmp_path):
+    model, _ = shrunk("bert")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    damage(config["hf_prune"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def _first(manifest):
+    return next(entry for entry in manifest["modules"].values() if "tensors" in entry)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    model, _ = shrunk("bert")
+    target = tmp_path / "model"
+    model.save_pretrained(target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        model.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "a partial folder was left behind"
+
+
+def test_allowed_sizes():
+    llama = zoo.build("llama")
+    structure = inspect_model(llama)
+    assert allowed_sizes(llama, structure.of("ffn_neurons")) == list(range(1, 49))
+    assert allowed_sizes(llama, structure.of("attention_heads")) == [1, 2]
+    bert = zoo.build("bert")
+    assert allowed_sizes(bert, inspect_model(bert).of("attention_heads")) == [4]
+    bloom = zoo.build("bloom")
+    assert allowed_sizes(bloom, inspect_model(bloom).of("ffn_neurons")) == [128]
+
+
+def test_a_stock_model_is_saved_by_stock_code(tmp_path):
+    assert hf_prune.__version__
+    model = zoo.build("bert")
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert hasattr(PreTrainedModel.post_init, "_hf_prune")
