@@ -1,0 +1,157 @@
+"""One pass over the calibration data collects every statistic that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.batches import Batch, take
+from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
+from hf_prune.calibration.recorders import (
+    LayerGates,
+    Recorder,
+    SquaredInputs,
+    SquaredUpdates,
+    UnitGates,
+    WeightGradients,
+)
+from hf_prune.calibration.reduction import raise_together, rank_and_world, sum_over_processes
+from hf_prune.calibration.statistics import (
+    GATE_GRADIENTS,
+    NEEDS_OF_GRADIENTS,
+    SQUARED_INPUTS,
+    SQUARED_UPDATES,
+    WEIGHT_GRADIENTS,
+    Statistics,
+)
+from hf_prune.errors import CalibrationError
+from hf_prune.structure.sites import Site, WeightSite
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    needs: frozenset[str],
+    sites: Sequence[Site | WeightSite],
+    *,
+    seed: int = 0,
+) -> Statistics:
+    """Run `model` over `batches` and collect `needs` of `sites`.
+
+    In evaluation mode and with a random state of its own; training flags, `requires_grad`, `.grad` and the random
+    state are afterwards as before. On several processes each runs every world-th batch, and all get the sums.
+
+    Args:
+        model: on the device where it runs.
+        batches: keyword inputs, batch first; every process passes the same.
+        needs: of `hf_prune.calibration.statistics.NEEDS`.
+        sites: what will be scored.
+        seed: of the private random state.
+
+    Raises:
+        CalibrationError: no data, no labels where a loss is needed, or numbers that are not finite.
+    """
+    inputs = take(batches)
+    recorders = _recorders(model, needs, sites)
+    with_gradients = bool(needs & NEEDS_OF_GRADIENTS)
+    rank, world = rank_and_world()
+    device = next(model.parameters()).device
+    n_seen = torch.zeros(2, dtype=torch.float64)  # samples, labels
+    error: CalibrationError | None = None
+    with _evaluation(model, seed, recorders, with_gradients), ExitStack() as hooks:
+        for recorder in recorders.values():
+            for handle in recorder.attach():
+                hooks.callback(handle.remove)
+        try:
+            for index in range(rank, len(inputs), world):
+                batch = Batch.of(index, inputs[index], device)
+                n_seen += torch.tensor([batch.n_samples, _run(model, batch, recorders, with_gradients)])
+        except CalibrationError as caught:
+            error = caught
+    raise_together(error)
+    sums = [total for recorder in recorders.values() for total in (*recorder.sums.values(), *recorder.counts.values())]
+    sum_over_processes([*sums, n_seen])
+    return _statistics(recorders, int(n_seen[0]), int(n_seen[1]))
+
+
+def _recorders(model: nn.Module, needs: frozenset[str], sites: Sequence[Site | WeightSite]) -> dict[str, Recorder]:
+    layers = [site for site in sites if isinstance(site, Site) and site.target == "layers"]
+    units = [site for site in sites if isinstance(site, Site) and site.target != "layers"]
+    makers: dict[str, Any] = {
+        SQUARED_INPUTS: lambda: {"inputs": SquaredInputs(model, [site for site in sites if site not in layers])},
+        SQUARED_UPDATES: lambda: {"updates": SquaredUpdates(model, layers)},
+        GATE_GRADIENTS: lambda: {"unit_gates": UnitGates(model, units), "layer_gates": LayerGates(model, layers)},
+        WEIGHT_GRADIENTS: lambda: {"weight_gradients": WeightGradients(model, sites)},
+    }
+    return {name: recorder for need in sorted(needs) for name, recorder in makers[need]().items()}
+
+
+def _run(model: nn.Module, batch: Batch, recorders: Mapping[str, Recorder], with_gradients: bool) -> int:
+    """One forward pass, and backward pass of the summed loss. Returns how many labels the loss ran over."""
+    count = 0
+    if with_gradients:
+        batch = with_labels(model, batch)
+        count = n_labels(model, batch)
+    for recorder in recorders.values():
+        recorder.begin(batch)
+    with torch.set_grad_enabled(with_gradients):
+        outputs = model(**batch.inputs)
+        if with_gradients:
+            loss_sum(outputs, batch, count).backward()
+    for recorder in recorders.values():
+        recorder.end()
+    return count
+
+
+@contextmanager
+def _evaluation(
+    model: nn.Module, seed: int, recorders: Mapping[str, Recorder], with_gradients: bool
+) -> Iterator[None]:
+    """The model as scoring needs it; all is put back."""
+    training = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    scored: set[Tensor] = set()
+    for recorder in recorders.values():
+        if isinstance(recorder, WeightGradients):
+            scored.update(recorder.parameters.values())
+    devices = sorted({p.device.index for p in flags if p.device.type == "cuda"})  # type: ignore[type-var]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            model.eval()
+            if config is not None and use_cache:
+                config.use_cache = False  # a cache of keys would only take memory
+            for parameter in flags:
+                parameter.grad = None
+                parameter.requires_grad_(with_gradients and parameter in scored)
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = gradients[parameter]
+            if config is not None and use_cache:
+                config.use_cache = use_cache
+
+
+def _statistics(recorders: Mapping[str, Recorder], n_samples: int, n_labels: int) -> Statistics:
+    statistics = Statistics(n_samples=n_samples, n_labels=n_labels)
+    for name, recorder in recorders.items():
+        for key, total in recorder.sums.items():
+            if name == "inputs":
+                statistics.squared_inputs[key] = total / recorder.counts[key].clamp(min=1)
+            elif name == "updates":
+                statistics.squared_updates[key] = total / recorder.counts[key].clamp(min=1)
+            elif name == "weight_gradients":
+                statistics.weight_gradients[key] = total / max(1, n_labels)
+            else:
+                statistics.gate_gradients[key] = total / max(1, n_labels)
+    return statistics

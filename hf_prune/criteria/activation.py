@@ -1,0 +1,43 @@
+"""Activation: the norm of what a unit adds to the residual stream, on data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.statistics import SQUARED_INPUTS, SQUARED_UPDATES, Statistics, output_slice
+from hf_prune.errors import RecipeError
+from hf_prune.structure.sites import Site, Target, WeightSite
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Heads and neurons: sqrt(sum over the unit's entries j of mean x_j² |W_out[:, j]|²), x the input of the output
+    projection: Wanda's |w| |x| (Sun et al. 2024, equation 1) in the squared norm over all that the unit writes.
+    Layers: root of the mean (output - input)².
+    """
+
+    loss_units: ClassVar[bool] = False
+
+    def needs(self, target: Target) -> frozenset[str]:
+        return frozenset({SQUARED_UPDATES if target == "layers" else SQUARED_INPUTS})
+
+    def score_units(self, model: nn.Module, site: Site, statistics: Statistics | None) -> Tensor:
+        assert statistics is not None
+        if site.target == "layers":
+            return statistics.squared_updates[site.key].sqrt().float()
+        total = torch.zeros(site.n_units, dtype=torch.float64)
+        for read in site.reads:
+            weight = model.get_submodule(read.module).weight
+            assert isinstance(weight, Tensor)
+            columns = weight.detach().double().square().sum(1 - output_slice(site, read).dim).cpu()  # (d_in,)
+            written = columns * statistics.squared_inputs[read.module]
+            written = written.narrow(0, read.span.start, site.n_units * read.span.width)
+            total += written.reshape(site.n_units, read.span.width).sum(1)
+        return total.sqrt().float()
+
+    def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
+        raise RecipeError("criterion activation is not defined for weights; it is for heads, neurons and layers")
