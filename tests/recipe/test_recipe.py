@@ -97,7 +97,7 @@ def test_refused(changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty"),
+        ("", "0 YAML documents"),
         ("- 1", "is a list"),
         ("version: 1\nversion: 1", ":2:1: the key 'version' is there twice, first at 1:1"),
         ("a: &x [1]\nb: *x", "aliases"),
