@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_prune.checkpoint.modeling_hf_prune import MANIFEST_VERSION, ConfigView
+from hf_prune.checkpoint.modeling_hf_prune import CLASS_PREFIX, MANIFEST_VERSION, ConfigView
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
 

@@ -1,0 +1,6 @@
+"""Reports and model cards."""
+
+from hf_prune.report.report import PruningReport
+
+
+__all__ = ["PruningReport"]

@@ -1,0 +1,134 @@
+"""The report of one pruning: what left, what was measured, on what."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from hf_prune.checkpoint.saving import ARTIFACTS
+
+
+FORMAT, VERSION = "hf_prune.report", 1
+
+
+@dataclass
+class PruningReport:
+    """Plain data under `content`, as `pruning_report.json` holds it; `str()` is a table."""
+
+    content: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PruningReport:
+        return cls(dict(content))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.content
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """As JSON; written to `path` if given, beside it first and then renamed."""
+        text = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
+        if path is not None:
+            path = Path(path)
+            handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(beside, path)
+        return text
+
+    def attach_(self, model: nn.Module) -> None:
+        """Put recipe, report and card on `model`, for `save_pretrained` and `push_to_hub` to write beside the weights."""
+        from hf_prune.recipe import Recipe
+        from hf_prune.report.card import render_card
+
+        recipe = Recipe.from_dict(self.content["recipe"]).to_yaml()
+        model.__dict__[ARTIFACTS] = {
+            "recipe.yaml": recipe,
+            "pruning_report.json": self.to_json(),
+            "README.md": render_card(
+                self.content, recipe, base_model=self.content["model"]["name_or_path"] or None, metadata={}
+            ),
+        }
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=100)
+        console.print(self.table())
+        for line in self.lines():
+            console.print(line, markup=False, highlight=False)
+        return buffer.getvalue().rstrip()
+
+    def table(self) -> Table:
+        """Dense beside pruned."""
+        content = self.content
+        table = Table(title=f"{content['model']['class']} pruned", title_justify="left")
+        table.add_column("")
+        for column in ("dense", "pruned", "change"):
+            table.add_column(column, justify="right")
+        dense, pruned = content["totals"]["dense"], content["totals"]["pruned"]
+        rows = [(name, dense.get(name), pruned.get(name)) for name in ("parameters", "macs", "bytes")]
+        measured = content["measured"]
+        for kind, unit in (("metrics", ""), ("bytes_on_disk", ""), ("latency_ms", "latency, batch ")):
+            values = measured.get(kind, {})
+            if kind == "bytes_on_disk" and values:
+                rows.append(("bytes on disk", values["dense"], values["pruned"]))
+            elif values:
+                rows += [(f"{unit}{name}", values["dense"].get(name), new) for name, new in values["pruned"].items()]
+        for name, old, new in rows:
+            table.add_row(name.replace("macs", "MACs"), _shown(old), _shown(new), _change(old, new))
+        return table
+
+    def lines(self) -> list[str]:
+        """What the table does not say."""
+        content, lines = self.content, []
+        for target, fraction in content["sparsity"].items():
+            lines.append(f"{target}: {fraction:.1%} left the model" if target != "weights" else
+                         f"weights: {fraction:.1%} of the entries are zero; zeros make no dense kernel faster")  # fmt: skip
+        check = content["verification"]
+        if check:
+            lines.append(
+                f"verified on {check['inputs']} inputs: the smaller model differs from the masked one by at most "
+                f"{check['max_difference']:.1e} of the largest output ({check['dtype']}, tolerance {check['tolerance']:.0e})"
+            )
+        if content["checkpoint"]:
+            lines.append(f"loads with {content['checkpoint']['loads_with']}: {content['checkpoint']['why']}")
+        return lines + [f"note: {note}" for note in content["notes"]]
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def versions() -> dict[str, str]:
+    """Of what took part."""
+    found = {"python": platform.python_version()}
+    for package in ("hf_prune", "transformers", "torch", "accelerate", "huggingface_hub"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _change(old: Any, new: Any) -> str:
+    return f"{new / old - 1:+.1%}" if old and new is not None else ""
