@@ -6,12 +6,12 @@ The load hook is keyed on the config, so it survives deepcopy, PEFT and unwrappi
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.modeling_hf_prune import ManifestError, resize_
-from hf_prune.checkpoint.saving import ARTIFACTS, save_staged
 from hf_prune.errors import CheckpointError
 
 
@@ -36,6 +36,7 @@ def _loading(stock: Any) -> Any:
     def post_init(self: PreTrainedModel) -> None:
         manifest = getattr(self.config, "hf_prune", None)
         if manifest is not None:
+            _check_files(self)
             try:
                 resize_(self, manifest)
             except ManifestError as error:
@@ -46,17 +47,35 @@ def _loading(stock: Any) -> Any:
     return post_init
 
 
+def _check_files(model: PreTrainedModel) -> None:
+    """Of a model that is about to be loaded from a local directory: whether its weight files are whole."""
+    from hf_prune.checkpoint.saving import check_weights
+
+    directory = getattr(model.config, "name_or_path", None)
+    being_loaded = any(parameter.is_meta for parameter in model.parameters())
+    if being_loaded and directory and Path(directory).is_dir():
+        check_weights(Path(directory))
+
+
 def _saving(stock: Any) -> Any:
     @functools.wraps(stock)
     def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        artifacts = self.__dict__.get(ARTIFACTS)
-        if artifacts is None and getattr(self.config, "hf_prune", None) is None:
+        # imported here: a program that only loads needs none of it
+        from hf_prune.checkpoint.saving import is_pruned, save_staged
+
+        if not is_pruned(self):
             return stock(self, save_directory, *args, **kwargs)
-        if kwargs.pop("push_to_hub", False):
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            save_staged(functools.partial(stock, self), self, Path(save_directory), args, kwargs)
-            return self.push_to_hub(repo_id)
-        return save_staged(functools.partial(stock, self), self, Path(save_directory), args, kwargs)
+        call = inspect.signature(stock).bind(self, save_directory, *args, **kwargs).arguments
+        call.pop("self")
+        directory = Path(call.pop("save_directory"))
+        options = {**call, **call.pop("kwargs", {})}
+        push = options.pop("push_to_hub", False)
+        result = save_staged(functools.partial(stock, self), self, directory, options)
+        if push:
+            accepted = inspect.signature(self.push_to_hub).parameters
+            repo_id = options.pop("repo_id", directory.absolute().name)
+            self.push_to_hub(repo_id, **{name: options[name] for name in options if name in accepted})
+        return result
 
     return save_pretrained
 
@@ -64,10 +83,12 @@ def _saving(stock: Any) -> Any:
 def _uploading(stock: Any) -> Any:
     @functools.wraps(stock)
     def _upload_modified_files(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kw: Any) -> Any:
-        artifacts = self.__dict__.get(ARTIFACTS) or {}
-        if "README.md" in artifacts:
+        from hf_prune.checkpoint.saving import MARKER, add_side_files, is_pruned
+
+        if is_pruned(self):
             # `push_to_hub` has just put its own card over the one that was saved
-            Path(working_dir, "README.md").write_text(artifacts["README.md"], encoding="utf-8")
+            add_side_files(self, Path(working_dir))
+            Path(working_dir, MARKER).unlink(missing_ok=True)
         return stock(self, working_dir, *args, **kw)
 
     return _upload_modified_files

@@ -8,6 +8,7 @@ manifest, `hf_prune`, that lists modules with the sizes that were kept; nothing 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import nn
 
 
 MANIFEST_VERSION = 1
-CLASS_PREFIX = "HfPruned"
 
 
 class ManifestError(ValueError):
@@ -27,6 +27,8 @@ class ConfigView:
     """A module's own view of the shared config: a few numbers differ, all else is the config's, now and later."""
 
     def __init__(self, config: Any, overrides: Mapping[str, int]):
+        if isinstance(config, ConfigView):  # a second pruning: one view, not a view of a view
+            config, overrides = config.__dict__["_config"], {**config.__dict__["_overrides"], **overrides}
         self.__dict__["_config"] = config
         self.__dict__["_overrides"] = dict(overrides)
 
@@ -56,72 +58,88 @@ def resize_(model: nn.Module, manifest: Any) -> None:
     Raises:
         ManifestError: the message names what is wrong.
     """
-    modules = _checked(manifest)
+    _check_top(manifest)
     own = dict(model.named_modules())
-    prefix = str(manifest.get("base_model_prefix") or "")
-    plans = []
-    for name, entry in modules.items():
-        found = _find(own, name, prefix)
-        if found is None:
-            if type(model).__name__ == manifest.get("class"):
-                raise ManifestError(f"the manifest names module {name!r}, which {type(model).__name__} has not")
-            continue
-        plans.append((name, own[found], entry))
-    for name, module, entry in plans:
-        _check_entry(name, module, entry)
-    for _, module, entry in plans:
+    prefix = manifest["base_model_prefix"]
+    entries = []
+    for name, entry in manifest["modules"].items():
+        # the name as saved, or, where this is the base model of the class that was saved, without its prefix
+        module = own.get(name, own.get(name.removeprefix(f"{prefix}.")) if prefix else None)
+        if module is not None:
+            _check_entry(name, module, entry)
+            entries.append((module, entry))
+        elif type(model).__name__ == manifest["class"]:
+            raise ManifestError(f"the manifest names module {_short(name)}, which {type(model).__name__} has not")
+    for module, entry in entries:
         _resize_module(module, entry)
 
 
-def _checked(manifest: Any) -> dict[str, Any]:
+def _check_top(manifest: Any) -> None:
     if not isinstance(manifest, dict):
         raise ManifestError(f"config.hf_prune is a {type(manifest).__name__}; expected a mapping")
     version = manifest.get("version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ManifestError(f"config.hf_prune.version is {version!r}; expected an integer from 1")
+    if type(version) is not int or version < 1:
+        raise ManifestError(f"config.hf_prune.version is {_short(version)}; expected an integer from 1")
     if version > MANIFEST_VERSION:
         raise ManifestError(
-            f"the checkpoint has manifest version {version}; this reads up to {MANIFEST_VERSION}. Upgrade hf_prune."
+            f"the checkpoint has manifest version {_short(version)}; this reads up to {MANIFEST_VERSION}. "
+            "It was written by a newer hf_prune: upgrade hf_prune."
         )
-    modules = manifest.get("modules")
-    if not isinstance(modules, dict) or not all(isinstance(name, str) for name in modules):
-        raise ManifestError("config.hf_prune.modules is missing or no mapping of module names")
-    return modules
-
-
-def _find(own: Mapping[str, nn.Module], name: str, prefix: str) -> str | None:
-    """The module's name here: as saved, without the base model's prefix, or with it."""
-    for candidate in (name, name.removeprefix(f"{prefix}.") if prefix else name, f"{prefix}.{name}"):
-        if candidate in own:
-            return candidate
-    return None
+    for key, kind in (("class", str), ("base_model_prefix", str), ("modules", dict)):
+        if not isinstance(manifest.get(key), kind):
+            raise ManifestError(f"config.hf_prune.{key} is missing or no {'mapping' if kind is dict else 'text'}")
+    unknown = manifest.keys() - {"version", "class", "base_model_prefix", "modules"}
+    if unknown:
+        raise ManifestError(f"config.hf_prune has unknown keys: {_short(sorted(unknown, key=str))}")
 
 
 def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
-    if not isinstance(entry, dict) or not set(entry) <= {"tensors", "attributes", "config"}:
+    if not isinstance(entry, dict) or not entry or not entry.keys() <= {"tensors", "attributes", "config"}:
         raise ManifestError(f"the manifest's entry for {name!r} may hold tensors, attributes and config only")
     for part in entry.values():
         if not isinstance(part, dict):
             raise ManifestError(f"the manifest's entry for {name!r} holds a {type(part).__name__}, not a mapping")
     for tensor, shape in entry.get("tensors", {}).items():
         built = module._parameters.get(tensor)
+        place = f"{name}.{_name(tensor)}"
         if built is None:
-            raise ManifestError(f"the manifest gives {name}.{tensor} a size, but the module has no such parameter")
+            raise ManifestError(f"the manifest gives {place} a size, but the module has no such parameter")
         if not isinstance(shape, list) or len(shape) != built.dim() or not all(_is_count(size) for size in shape):
-            raise ManifestError(f"{name}.{tensor} has size {shape!r}; expected {built.dim()} positive integers")
+            raise ManifestError(f"{place} has size {_short(shape)}; expected {built.dim()} positive integers")
         if any(size > whole for size, whole in zip(shape, built.shape, strict=True)):
             raise ManifestError(
-                f"{name}.{tensor} has size {shape}, more than the {list(built.shape)} that the config builds"
+                f"{place} has size {_short(shape)}, more than the {list(built.shape)} that the config builds"
             )
     for attribute, value in entry.get("attributes", {}).items():
-        built_value = module.__dict__.get(attribute)
-        same_type = type(value) is type(built_value) and type(value) in (int, float)
-        if not same_type or not math.isfinite(value) or value < 0 or attribute.startswith("_"):
-            raise ManifestError(f"{name}.{attribute} is {value!r}; expected a number in place of {built_value!r}")
+        built_value = None if attribute.startswith("_") else module.__dict__.get(attribute)
+        if (
+            type(value) is not type(built_value)
+            or type(value) not in (int, float)
+            or not 0 <= value < math.inf
+            or (type(value) is int and value > built_value)
+        ):
+            raise ManifestError(
+                f"{name}.{_name(attribute)} is {_short(value)}; expected a number in place of {_short(built_value)}, "
+                "of its kind, not negative, and if it counts something no larger"
+            )
     for field, value in entry.get("config", {}).items():
-        config = getattr(module, "config", None)
-        if not _is_count(value) or not isinstance(getattr(config, field, None), int):
-            raise ManifestError(f"{name}.config.{field} is {value!r}; expected a positive integer field of the config")
+        shared = getattr(getattr(module, "config", None), field, None)
+        if isinstance(getattr(module, "config", None), ConfigView):
+            shared = getattr(module.config.__dict__["_config"], field, None)
+        if type(shared) is not int or not _is_count(value) or value > shared:
+            raise ManifestError(
+                f"{name}.config.{_name(field)} is {_short(value)}; expected a positive integer, at most the "
+                f"{_short(shared)} of the config"
+            )
+
+
+def _short(value: Any) -> str:
+    """A stranger's value in an error: its first characters."""
+    return reprlib.repr(value)
+
+
+def _name(text: str) -> str:
+    return text if len(text) < 60 else f"{text[:56]}…"
 
 
 def _is_count(value: Any) -> bool:
@@ -138,9 +156,8 @@ def _resize_module(module: nn.Module, entry: Mapping[str, Any]) -> None:
     set_sizes(module)
     for name, value in entry.get("attributes", {}).items():
         setattr(module, name, value)
-    overrides = entry.get("config")
-    if overrides and not isinstance(module.config, ConfigView):
-        module.config = ConfigView(module.config, overrides)
+    if "config" in entry:
+        module.config = ConfigView(module.config, entry["config"])
 
 
 def set_sizes(module: nn.Module) -> None:
@@ -154,23 +171,25 @@ def set_sizes(module: nn.Module) -> None:
         module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)
 
 
 def __getattr__(name: str) -> Any:
-    """`HfPruned<Class>`: the stock class with its modules resized as soon as they are built.
+    """The stock class `name`, with its modules resized as soon as they are built.
 
-    The classes are made when asked for, so that this one file serves every architecture.
+    The classes are made when asked for, so that this one file serves every architecture. They keep the stock name: a copy
+    saved again says the stock architecture, and a pickled model finds its class here.
     """
-    stock = getattr(transformers, name[len(CLASS_PREFIX) :], None) if name.startswith(CLASS_PREFIX) else None
+    stock = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def post_init(self: Any) -> None:
-        if getattr(self.config, "hf_prune", None):
+        if getattr(self.config, "hf_prune", None) is not None:
             resize_(self, self.config.hf_prune)
         stock.post_init(self)
 
-    # it keeps the stock name, so that a copy saved again says the stock architecture
-    made = type(stock.__name__, (stock,), {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__})
+    made = type(name, (stock,), {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__})
     globals()[name] = made
     return made

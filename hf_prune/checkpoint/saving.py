@@ -4,85 +4,163 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from hf_prune.checkpoint.format import MODELLING_MODULE, refresh_auto_map_
 from hf_prune.errors import CheckpointError
 
 
 ARTIFACTS = "_hf_prune_artifacts"
-MARKER = "hf_prune_complete.json"
-MODELLING_FILE = "modeling_hf_prune.py"
+MARKER = ".hf_prune_complete"
+MODELLING_FILE = f"{MODELLING_MODULE}.py"
+# `model.safetensors`, its shards and index, in each case with or without a variant's name
+WEIGHTS = re.compile(r"(model(?:\.\w+)??)(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(\.\w+)?\.json)?")
 
 
-def save_staged(
-    save: Callable[..., Any], model: Any, directory: Path, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
+def is_pruned(model: Any) -> bool:
+    """Whether the model carries pruning to save: a manifest in its config, or a recipe and report."""
+    return ARTIFACTS in model.__dict__ or getattr(model.config, "hf_prune", None) is not None
+
+
+def save_staged(save: Callable[..., Any], model: Any, directory: Path, options: Mapping[str, Any]) -> Any:
     """Write the checkpoint into a folder beside `directory`, then move it in: weights, index, the rest, config last.
 
     Until the move starts the old checkpoint is untouched; the completeness marker is taken off first and put back
     last, so that a checkpoint cut off in between can be told.
 
+    Args:
+        save: the stock `model.save_pretrained`.
+        model: what is saved; its texts under `ARTIFACTS` go beside the weights.
+        directory: the target; made if it isn't there. What else it holds stays.
+        options: the arguments of `save` after the directory, by name.
+
     Raises:
         CheckpointError: `directory` is a file, or writing failed (a full disk); the old checkpoint is as it was.
     """
-    if kwargs.get("safe_serialization") is False:
+    if not options.get("safe_serialization", True):
         raise CheckpointError("pruned checkpoints are saved as safetensors only; drop safe_serialization=False")
+    directory = directory.absolute()
     if directory.is_file():
         raise CheckpointError(f"{directory} is a file; give a directory")
-    is_main = kwargs.get("is_main_process", args[0] if args else True)
-    if not is_main:
-        return save(directory, *args, **kwargs)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".partial", dir=directory.parent))
+    if getattr(model.config, "hf_prune", None) is not None:
+        refresh_auto_map_(model)
+    if not _writes(model, options.get("is_main_process", True)):
+        return save(directory, **options)
+    staging = None
     try:
-        result = save(staging, *args, **kwargs)
-        for name, text in (model.__dict__.get(ARTIFACTS) or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
-        if getattr(model.config, "hf_prune", None) is not None:
-            shutil.copyfile(Path(__file__).with_name(MODELLING_FILE), staging / MODELLING_FILE)
-        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-        (staging / MARKER).write_text(json.dumps({"version": 1, "files": sizes}, indent=2), encoding="utf-8")
+        staging = _staging(directory)
+        result = save(staging, **options)
+        add_side_files(model, staging)
+        sizes = {path.name: path.stat().st_size for path in staging.iterdir() if path.name != "README.md"}
+        (staging / MARKER).write_text(json.dumps({"version": 1, "files": sizes}, indent=2, sort_keys=True))
+        for path in staging.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         _move_in(staging, directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"saving to {directory} failed: {error}. Free some space or choose another directory, and save again."
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
     return result
 
 
-def is_complete(directory: Path) -> bool:
-    """Whether every file that the marker lists is there with its size."""
+def add_side_files(model: Any, directory: Path) -> None:
+    """Write recipe, report and card, and, where the config carries a manifest, the modelling file."""
+    for name, text in (model.__dict__.get(ARTIFACTS) or {}).items():
+        (directory / name).write_text(text, encoding="utf-8")
+    if getattr(model.config, "hf_prune", None) is not None:
+        shutil.copyfile(Path(__file__).with_name(MODELLING_FILE), directory / MODELLING_FILE)
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether the last save into `directory` went through: every file that its marker lists is there, as long as said."""
+    directory = Path(directory)
     try:
         files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
-        return all((directory / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return all(name == Path(name).name and (directory / name).stat().st_size == files[name] for name in files)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
+def check_weights(directory: Path) -> None:
+    """Compare the length of every weight file with its header, and the shards with their index. Reads headers only.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or no safetensors file; the message names it.
+    """
+    files = {path.name for path in directory.iterdir() if WEIGHTS.fullmatch(path.name)}
+    for index in sorted(name for name in files if name.endswith(".json")):
+        try:
+            shards = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{directory / index} is damaged. Save or download the model again.") from error
+        if missing := sorted(shards - files, key=str):
+            raise CheckpointError(f"{directory} lacks {missing[0]!r}, which {index} lists. Save or download it again.")
+    for name in sorted(name for name in files if name.endswith(".safetensors")):
+        try:
+            with safe_open(directory / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory / name} is damaged or cut short ({error}). Save or download the model again."
+            ) from error
+
+
+def _writes(model: Any, is_main_process: bool) -> bool:
+    """Whether this process writes files: asked of Transformers, where it knows (from 5.2 on)."""
+    asked = getattr(model, "should_save_on_this_rank", None)
+    return asked(is_main_process) if asked else is_main_process
+
+
+def _staging(directory: Path) -> Path:
+    """A new folder on the file system of `directory`: beside it, or inside where beside can't be."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    inside = os.path.ismount(directory) or not os.access(directory.parent, os.W_OK)
+    parent = directory if inside else directory.parent
+    return Path(tempfile.mkdtemp(prefix=f".{directory.name}-", suffix=".partial", dir=parent))
+
+
 def _move_in(staging: Path, directory: Path) -> None:
+    """Rename every staged file into place, in the order in which a reader may come to depend on it."""
     directory.mkdir(exist_ok=True)
-    files = sorted((path.name for path in staging.iterdir()), key=_order)
+    staged = sorted((path.name for path in staging.iterdir()), key=_order)
     (directory / MARKER).unlink(missing_ok=True)
-    for name in files:
-        with open(staging / name, "rb") as file:
-            os.fsync(file.fileno())
+    shadowing = list(_shadowing(directory, staged))
+    for name in staged:
+        if name == "config.json":
+            for stale in shadowing:
+                stale.unlink(missing_ok=True)
         os.replace(staging / name, directory / name)
-    stale = [path for path in directory.glob("model*.safetensors*") if path.name not in files]
-    for path in stale:  # shards and index of a larger checkpoint that was here before
-        path.unlink()
-    if MODELLING_FILE not in files:
-        (directory / MODELLING_FILE).unlink(missing_ok=True)
+
+
+def _shadowing(directory: Path, staged: Sequence[str]) -> Iterator[Path]:
+    """Files of an earlier checkpoint that would be loaded in place of the new ones, or do no longer belong to it."""
+    variants = {_variant(name) for name in staged} - {None}
+    for path in directory.iterdir():
+        is_stale = _variant(path.name) in variants or path.name == MODELLING_FILE
+        if is_stale and path.name not in staged:
+            yield path
+
+
+def _variant(name: str) -> str | None:
+    """Of `model.fp16-00001-of-00002.safetensors` or `model.safetensors.index.fp16.json`: `model.fp16`."""
+    found = WEIGHTS.fullmatch(name)
+    return found[1] + (found[2] or "") if found else None
 
 
 def _order(name: str) -> tuple[int, str]:
     if name.endswith(".safetensors"):
         return 0, name
-    if name.endswith(".index.json"):
+    if ".safetensors.index" in name:
         return 1, name
     return {"config.json": 3, MARKER: 4}.get(name, 2), name

@@ -14,7 +14,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_prune.checkpoint.modeling_hf_prune import CLASS_PREFIX, MANIFEST_VERSION, ConfigView
+from hf_prune.checkpoint.format import (
+    differing,
+    drop_manifest_,
+    manifest_of,
+    put_manifest_,
+    sizes,
+    view_fields,
+    without_drift,
+)
+from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, resize_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
 
@@ -73,24 +82,26 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         kept_layers: for each stack that lost layers, the old numbers of those that stay.
 
     Raises:
-        UnsupportedModelError: no config field holds the depth of a stack that lost layers.
+        UnsupportedModelError: no config field holds the depth of a stack that lost layers, or not even a manifest says
+            the model as it is (something other than sizes was changed).
     """
     if not isinstance(model, PreTrainedModel):
         return Verdict("torch", "not a Transformers model: save its state dict yourself")
     config = _plain_copy(model.config)
     depth = _depth_edit(model, config, kept_layers)
     with_depth = _edited(config, depth)
-    wanted = _sizes(model)
     base = _build(model, with_depth)
     if base is None:
         raise UnsupportedModelError(f"{type(model).__name__} can't be built from its config once layers are dropped")
+    views = view_fields(model)
+    wanted = without_drift(sizes(model, views), sizes(base, views))
     widths: Edit = {}
-    missing = _n_different(wanted, _sizes(base))
+    missing = len(differing(wanted, sizes(base, views)))
     for edit in _width_edits(model, base, with_depth):
         if not missing:
             break
         built = _build(model, _edited(with_depth, {**widths, **edit}))
-        remaining = missing if built is None else _n_different(wanted, _sizes(built))
+        remaining = missing if built is None else len(differing(wanted, sizes(built, views)))
         if remaining < missing:
             widths, missing = {**widths, **edit}, remaining
     edits = {**depth, **(widths if not missing else {})}
@@ -99,13 +110,29 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
     _adopt(model, final, edits)
     said = {f"{path}.{name}" if path else name: value for (path, name), value in edits.items()}
     if not missing:
-        for name in ("hf_prune", "auto_map"):
-            model.config.__dict__.pop(name, None)
+        drop_manifest_(model.config)
+        for module in model.modules():
+            if isinstance(view := module.__dict__.get("config"), ConfigView):
+                module.config = view.__dict__["_config"]
         return Verdict("transformers", "its config says every size" if said else "its sizes are as they were", said)
-    model.config.hf_prune = _manifest(model, final)
-    model.config.auto_map = _auto_map(model)
-    n_modules = len(model.config.hf_prune["modules"])
+    manifest = manifest_of(model, final)
+    _prove(final, manifest, wanted, views)
+    put_manifest_(model, manifest)
+    n_modules = len(manifest["modules"])
     return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, which differ by layer", said)
+
+
+def _prove(built: nn.Module, manifest: Any, wanted: Mapping[str, Any], views: Sequence[tuple[str, str]]) -> None:
+    """Apply the manifest to the stock model: it must give the sizes of the live one."""
+    try:
+        resize_(built, manifest)
+    except ManifestError as error:
+        raise UnsupportedModelError(f"the model as it is can't be saved so that it loads again: {error}") from error
+    if names := differing(wanted, sizes(built, views)):
+        raise UnsupportedModelError(
+            f"the model as it is can't be saved so that it loads again: {names[0]} and {len(names) - 1} more differ from "
+            "what its config builds, by more than pruned sizes. Merge adapters and undo other changes first."
+        )
 
 
 def allowed_sizes(model: nn.Module, sites: Sequence[Site]) -> list[int]:
@@ -153,27 +180,6 @@ def _build(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
         return None
 
 
-def _sizes(model: nn.Module) -> dict[str, Any]:
-    """Every size that must agree: tensors, and the plain numbers of modules (heads, widths, layer numbers)."""
-    sizes: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    sizes |= {name: tuple(tensor.shape) for name, tensor in model.named_buffers()}
-    for name, module in model.named_modules():
-        sizes |= {f"{name}:{attribute}": value for attribute, value in _numbers(module).items()}
-    return sizes
-
-
-def _numbers(module: nn.Module) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in module.__dict__.items()
-        if type(value) in (int, float) and not name.startswith("_")
-    }
-
-
-def _n_different(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> int:
-    return sum(wanted.get(name) != found.get(name) for name in wanted.keys() | found.keys())
-
-
 # --------------------------------------------------------------------------------------------------------------
 # edits
 
@@ -209,8 +215,7 @@ def _edited(config: Any, edit: Edit) -> Any:
 def _plain_copy(config: Any) -> Any:
     """The config without an earlier manifest, so that it builds stock sizes."""
     plain = copy.deepcopy(config)
-    for name in ("hf_prune", "auto_map"):
-        plain.__dict__.pop(name, None)
+    drop_manifest_(plain)
     return plain
 
 
@@ -301,60 +306,3 @@ def _adopt(model: PreTrainedModel, built: PreTrainedModel, edit: Edit) -> None:
             known.add(id(config))
             for name in names & config.__dict__.keys():
                 setattr(config, name, getattr(others[path].config, name))
-
-
-# --------------------------------------------------------------------------------------------------------------
-# the manifest
-
-
-def _manifest(model: PreTrainedModel, built: PreTrainedModel) -> dict[str, Any]:
-    """What differs between the live model and what its config builds, by module."""
-    stock = dict(built.named_modules())
-    modules: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        entry: dict[str, Any] = {}
-        shapes = {
-            tensor: list(parameter.shape)
-            for tensor, parameter in module._parameters.items()
-            if parameter is not None and parameter.shape != stock[name]._parameters[tensor].shape
-        }
-        theirs = _numbers(stock[name])
-        numbers = {
-            attribute: value
-            for attribute, value in _numbers(module).items()
-            if attribute in theirs and theirs[attribute] != value and not (shapes and attribute in SIZES_OF_LAYERS)
-        }
-        view = module.__dict__.get("config")
-        if shapes:
-            entry["tensors"] = shapes
-        if numbers:
-            entry["attributes"] = numbers
-        if isinstance(view, ConfigView):
-            entry["config"] = dict(view.__dict__["_overrides"])
-        if entry:
-            modules[name] = entry
-    return {
-        "version": MANIFEST_VERSION,
-        "class": type(model).__name__,
-        "base_model_prefix": model.base_model_prefix if model.base_model is not model else "",
-        "modules": modules,
-    }
-
-
-# numbers that follow from a layer's weight
-SIZES_OF_LAYERS = ("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim")
-
-
-def _auto_map(model: PreTrainedModel) -> dict[str, str]:
-    """Auto class -> class in the modelling file, for every task that the model type knows."""
-    from transformers.models.auto import modeling_auto
-
-    auto_map = {}
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if mapping is None or not name.startswith("AutoModel"):
-            continue
-        names = mapping._model_mapping.get(model.config.model_type)
-        if names:
-            auto_map[name] = f"modeling_hf_prune.{CLASS_PREFIX}{names[0] if isinstance(names, tuple) else names}"
-    return auto_map

@@ -12,43 +12,12 @@ import torch
 from transformers import AutoModel, BertForSequenceClassification, BertModel, PreTrainedModel
 
 import hf_prune
-from hf_prune.apply.masks import set_masks
-from hf_prune.apply.shrink import remove_masked_
-from hf_prune.checkpoint import allowed_sizes, is_complete, settle_config_
+from hf_prune.checkpoint import allowed_sizes, is_complete
 from hf_prune.errors import CheckpointError
-from hf_prune.plan import KeepMasks
 from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
-
-
-def shrunk(name, dtype=torch.float32, targets=("ffn_neurons", "attention_heads", "layers"), uneven=True):
-    """A model after removal: half the heads, 8 or 16 neurons a site, the first block."""
-    model = zoo.build(name, dtype)
-    units = {}
-    for number, site in enumerate(inspect_model(model).sites):
-        if site.target in targets:
-            n_removed = {
-                "layers": 1,
-                "attention_heads": site.n_units // 2,
-                "ffn_neurons": 8 + 8 * uneven * (number % 2),
-            }
-            keep = torch.ones(site.n_units, dtype=torch.bool)
-            keep[: n_removed[site.target]] = False
-            units[site.key] = keep
-    set_masks(model, KeepMasks(units=units))
-    return model, settle_config_(model, remove_masked_(model).kept_layers)
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        return {key: value for key, value in model.eval()(**inputs).items() if isinstance(value, torch.Tensor)}
-
-
-def assert_close(a, b, tolerance=1e-6):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert (a[key] - b[key]).abs().max() <= tolerance * a[key].abs().max()
+from tests.checkpoint.shrunk import assert_close, outputs, shrunk
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
@@ -172,7 +141,7 @@ AutoModel.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda manifest: manifest.update(version=2), "Upgrade hf_prune"),
+        (lambda manifest: manifest.update(version=2), "upgrade hf_prune"),
         (lambda manifest: manifest.update(version="1"), "expected an integer"),
         (lambda manifest: manifest.pop("modules"), "modules is missing"),
         (lambda manifest: manifest["modules"].update(nowhere={"tensors": {"weight": [1]}}), "'nowhere'"),
