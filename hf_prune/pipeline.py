@@ -263,7 +263,7 @@ def finish_(
     """
     recipe = Recipe.load(recipe)
     structure, masks = inspect_model(model), masks_of(model)
-    batches, inputs = _verification_batches(model, batches, inputs)
+    batches, inputs = verification_batches(model, batches, inputs)
     dense = dense or measure_totals(model, batches)
     times = dict(seconds or {})
     was_training = model.training
@@ -329,7 +329,7 @@ def prune_(
     """
     recipe = Recipe.load(recipe)
     batches = list(calibration) if calibration is not None else None
-    dense = measure_totals(model, _verification_batches(model, batches, "calibration")[0])
+    dense = measure_totals(model, verification_batches(model, batches, "calibration")[0])
     started = time.perf_counter()
     plan = make_plan(model, recipe, calibration=batches)
     planned = time.perf_counter() - started
@@ -373,7 +373,7 @@ class _Undo:
             entry.restore_(parameters[entry.name], values)
 
 
-def _verification_batches(
+def verification_batches(
     model: nn.Module, batches: Batches | None, inputs: str, at_most: int = 2
 ) -> tuple[list[Mapping[str, Any]], str]:
     """A few batches on the model's device: the user's own, else generated ones."""

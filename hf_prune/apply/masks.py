@@ -123,14 +123,6 @@ def enforce_(model: nn.Module) -> None:
         entry.zero_(parameter)
 
 
-@torch.no_grad()
-def mask_gradients_(model: nn.Module) -> None:
-    """Zero the gradients of masked entries, so that they don't count when gradients are clipped."""
-    for entry, parameter in masked_tensors(model):
-        if parameter.grad is not None:
-            entry.zero_(parameter.grad)
-
-
 def _check(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
     sites = {site.key: site.n_units for site in structure.sites}
     for key, keep in masks.units.items():

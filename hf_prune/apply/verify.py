@@ -111,15 +111,19 @@ class _SiteWatcher:
 
     def __enter__(self) -> None:
         for name, module, counterpart in self._pairs:
-            self._hooks.append(module.register_forward_hook(self._compare(name, counterpart), with_kwargs=True))
+            self._hooks.append(
+                module.register_forward_hook(self._compare(name, module, counterpart), with_kwargs=True)
+            )
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def _compare(self, name: str, counterpart: nn.Module) -> Any:
+    def _compare(self, name: str, original: nn.Module, counterpart: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if module is not original:
+                return  # a float32 copy of a container around this one
             args, kwargs = _without_cache(args), _without_cache(kwargs)
             reference = _first_tensor(output)
             if reference.dtype in (torch.float32, torch.float64):

@@ -1,0 +1,44 @@
+"""`PruningCallback`: for trainers that can't be subclassed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_prune.pipeline import RecipeLike
+from hf_prune.recipe import Recipe
+from hf_prune.report import PruningReport
+from hf_prune.training.pruner import Batches, Pruner
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes on the recipe's schedule from inside any `Trainer`, and shrinks the model when training ends.
+
+    What it can't do, and `PruningTrainer` does: write masks into checkpoints and resume from them; keep a model from
+    before the schedule's end from becoming the best; log sparsity; keep the trained masked model on disk if verification
+    fails. After training the trainer's optimizer is stale.
+
+    Args:
+        recipe: a `Recipe`, a mapping, or a path to YAML.
+        calibration: keyword inputs of the model, for criteria that look at data.
+    """
+
+    def __init__(self, recipe: RecipeLike, calibration: Batches | None = None):
+        self.recipe = Recipe.load(recipe)
+        self.calibration = calibration
+        self.pruner: Pruner | None = None
+        self.pruning_report: PruningReport | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pruner = Pruner(
+            kwargs["model"], kwargs["optimizer"], self.recipe, n_steps=state.max_steps, calibration=self.calibration
+        )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.pruner is not None
+        self.pruner.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.pruner is not None
+        self.pruning_report = self.pruner.finish()

@@ -1,0 +1,240 @@
+"""Pruning in a training loop: `step()` after `optimizer.step()`, `finish()` at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
+from hf_prune.errors import CheckpointError
+from hf_prune.pipeline import RecipeLike, apply_, finish_, make_plan, verification_batches
+from hf_prune.plan import KeepMasks, PruningPlan
+from hf_prune.recipe import Recipe
+from hf_prune.report import PruningReport
+from hf_prune.report.build import measure_totals, sparsity
+from hf_prune.structure import inspect_model
+from hf_prune.training.schedule import updates
+
+
+Batches = Iterable[Mapping[str, Any]]
+
+
+class Pruner:
+    """Prunes a model while any loop trains it.
+
+    ```python
+    pruner = Pruner(model, optimizer, "recipe.yaml", n_steps=len(loader) * epochs, calibration=batches)
+    for batch in loader:
+        model(**batch).loss.backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    report = pruner.finish()
+    ```
+
+    What is masked stays zero whatever the optimizer does: gradients of masked entries are zeroed as they arrive, so
+    that clipping doesn't see them; moments when the mask changes; the entries themselves after every step. With an
+    optimizer that Accelerate prepared, `step()` counts only where the optimizer stepped (gradient accumulation).
+
+    Args:
+        model: possibly wrapped for several processes.
+        optimizer: over the model's parameters, possibly prepared by Accelerate.
+        recipe: a `Recipe`, a mapping, or a path to YAML.
+        n_steps: optimizer steps of the whole training, of which the schedule's `begin` and `end` are fractions.
+        calibration: keyword inputs of the model, or a function that gives them anew at every update.
+
+    Raises:
+        RecipeError: the recipe can't be accepted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: RecipeLike,
+        *,
+        n_steps: int,
+        calibration: Batches | Callable[[], Batches] | None = None,
+    ):
+        self.model = unwrap(model)
+        # Accelerate's wrapper, if it is one, holds torch's optimizer and knows whether a step is accumulating only
+        self._accumulation = getattr(optimizer, "gradient_state", None)
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.recipe = Recipe.load(recipe)
+        self.calibration = calibration
+        self.n_done = 0
+        self.plan: PruningPlan | None = None
+        self.updates = [updates(step.schedule or self.recipe.schedule, n_steps) for step in self.recipe.prune]
+        self.last_update = max(max(of_step) for of_step in self.updates)
+        self.seconds = 0.0
+        self._hooks: list[RemovableHandle] = []
+        self._structure = inspect_model(self.model)
+        with torch.random.fork_rng(devices=[]):
+            self._dense = measure_totals(self.model, verification_batches(self.model, None, "")[0])
+        self._watch_gradients()
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the schedule has ended: the masks won't change any more."""
+        return self.n_done >= self.last_update
+
+    def step(self) -> bool:
+        """Call after each `optimizer.step()`. Returns whether masks changed."""
+        if self._accumulation is not None and not self._accumulation.sync_gradients:
+            return False
+        self.n_done += 1
+        if not any(self.n_done in of_step for of_step in self.updates):
+            enforce_(self.model)
+            return False
+        started = time.perf_counter()
+        self.plan = make_plan(
+            self.model,
+            self.recipe,
+            calibration=self._batches(),
+            progress=[self._progress(of_step) for of_step in self.updates],
+            previous=self.plan,
+        )
+        apply_(self.model, self.plan)
+        self._watch_gradients()
+        self._zero_moments()
+        self.seconds += time.perf_counter() - started
+        return True
+
+    def sparsity(self) -> dict[str, float]:
+        """The fraction that has left, by target of the recipe."""
+        return {step.target: 0.0 for step in self.recipe.prune} | sparsity(self._structure, masks_of(self.model))
+
+    def finish(
+        self, *, batches: Batches | None = None, inputs: str = "calibration", verify: bool = True
+    ) -> PruningReport:
+        """Remove what is masked, verify, report. The optimizer holds the old parameters from then on.
+
+        Args:
+            batches: to verify on; the calibration data if not given.
+            inputs: what the batches are: "calibration", "training" or "evaluation".
+            verify: compare the smaller model with the masked one.
+
+        Raises:
+            VerificationError: they differ; the model is the masked one, as trained.
+        """
+        self.detach()
+        return finish_(
+            self.model,
+            self.recipe,
+            plan=self.plan,
+            batches=batches if batches is not None else self._batches(),
+            inputs=inputs,
+            shrink=self.recipe.schedule.shrink == "at_end",
+            verify=verify,
+            dense=self._dense,
+            seconds={"plan": self.seconds},
+        )
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters; masks stay."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # ----------------------------------------------------------------------------------------------------------
+    # resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, recipe and masks: `tensors` by name, the rest plain data."""
+        tensors: dict[str, Tensor] = {}
+        parts = {"base": self.plan.base, **dict(enumerate(self.plan.steps))} if self.plan else {}
+        for part, masks in parts.items():
+            tensors |= {f"{part}|units|{name}": keep for name, keep in masks.units.items()}
+            tensors |= {f"{part}|weights|{name}": keep for name, keep in masks.weights.items()}
+        return {"n_done": self.n_done, "recipe": self.recipe.to_dict(), "planned": bool(self.plan), "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`: masks go back on the model, whose weights were loaded before.
+
+        Raises:
+            CheckpointError: it is of another recipe; the message shows what differs.
+        """
+        mine = self.recipe.to_dict()
+        if state["recipe"] != mine:
+            raise CheckpointError(
+                "the checkpoint was made with another recipe:\n"
+                + "\n".join(f"  {line}" for line in _differences(state["recipe"], mine))
+                + "\nResume with the checkpoint's recipe, or start anew in another output directory."
+            )
+        self.n_done = int(state["n_done"])
+        if not state["planned"]:
+            return
+        parts: dict[str, KeepMasks] = {
+            part: KeepMasks() for part in ("base", *map(str, range(len(self.recipe.prune))))
+        }
+        for name, keep in state["tensors"].items():
+            part, kind, key = name.split("|", 2)
+            getattr(parts[part], kind)[key] = keep
+        base = parts.pop("base")
+        self.plan = PruningPlan(steps=list(parts.values()), base=base, recipe=mine)
+        apply_(self.model, self.plan)
+        self._watch_gradients()
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Batches | None:
+        return self.calibration() if callable(self.calibration) else self.calibration
+
+    def _progress(self, of_step: dict[int, float]) -> float:
+        return max((progress for step, progress in of_step.items() if step <= self.n_done), default=0.0)
+
+    def _by_parameter(self) -> dict[nn.Parameter, list[MaskedTensor]]:
+        entries: dict[nn.Parameter, list[MaskedTensor]] = {}
+        for entry, parameter in masked_tensors(self.model):
+            entries.setdefault(parameter, []).append(entry)
+        return entries
+
+    def _watch_gradients(self) -> None:
+        self.detach()
+        for parameter, entries in self._by_parameter().items():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_masked_gradient(entries)))
+
+    @torch.no_grad()
+    def _zero_moments(self) -> None:
+        for parameter, entries in self._by_parameter().items():
+            for moment in self.optimizer.state.get(parameter, {}).values():
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                    for entry in entries:
+                        entry.zero_(moment)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, `torch.compile` and the like."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _masked_gradient(entries: list[MaskedTensor]) -> Callable[[Tensor], None]:
+    # runs once a gradient is accumulated, before DistributedDataParallel takes it up: in place, no copy
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            for entry in entries:
+                entry.zero_(parameter.grad)
+
+    return hook
+
+
+def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
+    """One line for each value that differs."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = dict.fromkeys([*theirs, *mine])
+        nested = [_differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else str(key)) for key in keys]
+        return [line for lines in nested for line in lines]
+    if isinstance(theirs, list) and isinstance(mine, list) and len(theirs) == len(mine):
+        return [
+            line
+            for n, (a, b) in enumerate(zip(theirs, mine, strict=True))
+            for line in _differences(a, b, f"{path}.{n}")
+        ]
+    return [] if theirs == mine else [f"{path}: the checkpoint has {theirs!r}, this run {mine!r}"]

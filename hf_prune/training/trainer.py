@@ -1,0 +1,169 @@
+"""`PruningTrainer`: Trainer with a recipe. Without one it is Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+
+from hf_prune.apply.masks import enforce_
+from hf_prune.calibration.batches import take
+from hf_prune.checkpoint.saving import ARTIFACTS
+from hf_prune.errors import RecipeError, VerificationError
+from hf_prune.pipeline import RecipeLike
+from hf_prune.recipe import Recipe
+from hf_prune.report import PruningReport
+from hf_prune.training.pruner import Pruner, unwrap
+from hf_prune.training.state import load_state, save_state
+
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class PruningMixin(_Base):
+    """Pruning for any subclass of `Trainer`: `class MyTrainer(PruningMixin, SomeTrainer)`.
+
+    Prunes on the recipe's schedule while it trains. At the end, once the best model is loaded, what is masked is removed,
+    the smaller model verified, and `self.model` is that model; `self.pruning_report` says what happened.
+
+    Args:
+        recipe: a `Recipe`, a mapping, or a path to YAML; None changes nothing at all.
+        calibration_dataset: for criteria that look at data; else the first `calibration.samples` of the training set.
+        teacher_model: for distillation, which this version has not.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        recipe: RecipeLike | None = None,
+        calibration_dataset: Any = None,
+        teacher_model: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        if teacher_model is not None:
+            raise RecipeError("teacher_model is for distillation, which is not supported in this version of hf_prune")
+        self.recipe = None if recipe is None else Recipe.load(recipe)
+        super().__init__(*args, **kwargs)
+        self.calibration_dataset = calibration_dataset
+        self.pruner: Pruner | None = None
+        self.pruning_report: PruningReport | None = None
+        self._resumed_from: str | None = None
+        self._finished: nn.Module | None = None
+        if self.recipe is not None:
+            self.add_callback(_PruneAtSteps(self))
+
+    # Trainer's own methods, each extended where pruning has a part
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._resumed_from = resume_from_checkpoint
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.pruner is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_state(self.pruner.state_dict(), folder)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.pruner is not None and not self.pruner.is_final:
+            return False  # a model that is not yet as sparse as asked for can't be the best one
+        return super()._determine_best_metric(metrics, trial)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.pruner is not None:
+            logs = {**logs, **{f"sparsity/{target}": value for target, value in self.pruner.sparsity().items()}}
+        super().log(logs, *args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._finalize_training(*args, **kwargs)
+        if self.pruner is not None:
+            self._finish_pruning(self.pruner)
+        return output
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        card = (unwrap(self.model).__dict__.get(ARTIFACTS) or {}).get("README.md")
+        if card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+    # pruning's own
+
+    def _begin_pruning(self) -> None:
+        assert self.recipe is not None
+        if unwrap(self.model) is self._finished:
+            return  # pruned by the first `train()`; a second one trains what is left, and single weights stay masked
+        self.pruner = Pruner(
+            self.model,
+            self.optimizer,
+            self.recipe,
+            n_steps=self.state.max_steps,
+            calibration=self._calibration_batches,
+        )
+        if self._resumed_from is not None:
+            self.pruner.load_state_dict(load_state(Path(self._resumed_from)))
+            self._resumed_from = None
+
+    def _pruning_step(self) -> None:
+        if self.pruner is not None:
+            self.pruner.step()
+        elif self._finished is not None:
+            enforce_(self._finished)
+
+    def _finish_pruning(self, pruner: Pruner) -> None:
+        inputs = "training" if self.calibration_dataset is None else "calibration"
+        try:
+            self.pruning_report = pruner.finish(inputs=inputs)
+        except VerificationError:
+            self.save_model(str(Path(self.args.output_dir) / "masked-model"), _internal_call=True)
+            raise
+        finally:
+            self.pruner = None
+        self._finished = pruner.model
+        # the optimizer and the wrapped model hold parameters that are no longer the model's
+        self.model = self.model_wrapped = pruner.model
+        self.optimizer, self.lr_scheduler = None, None
+
+    def _calibration_batches(self) -> list[dict[str, Any]]:
+        """The same on every process, at every update; statistics deal them out themselves. Random numbers are restored."""
+        assert self.recipe is not None
+        calibration = self.recipe.calibration
+        dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+        collator = self.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="calibration")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="calibration")
+        batch_size = min(calibration.batch_size, calibration.samples)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)  # collators may mask tokens by chance
+            loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+            n_available = calibration.samples
+            if hasattr(dataset, "__len__"):
+                n_available = min(n_available, len(dataset))
+            return take((dict(batch) for batch in loader), n_available)
+
+
+class PruningTrainer(PruningMixin, Trainer):
+    """`Trainer` with `recipe`, `calibration_dataset` and `teacher_model`; see `PruningMixin`."""
+
+
+class PruningSeq2SeqTrainer(PruningMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with `recipe`, `calibration_dataset` and `teacher_model`; see `PruningMixin`."""
+
+
+class _PruneAtSteps(TrainerCallback):
+    """Calls the trainer's pruner where Trainer has no method to extend."""
+
+    def __init__(self, trainer: PruningMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin_pruning()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._pruning_step()
