@@ -116,11 +116,11 @@ MODELS: dict[str, tuple[str, dict, type]] = {
 }  # fmt: skip
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """The tiny model `name`, with random weights large enough that every part shows in the output."""
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """The tiny model `name`, with random weights large enough that every part shows in the output; config `changes`."""
     model_type, config, auto = MODELS[name]
     torch.manual_seed(seed)
-    values = {key: value for key, value in config.items() if value is not None}
+    values = {key: value for key, value in {**config, **changes}.items() if value is not None}
     model = auto.from_config(CONFIG_MAPPING[model_type](**values))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,0 +1,100 @@
+"""Run by the tests of several processes: `torchrun … program.py {plan,train,loop} OUTPUT_DIR`, or by plain python."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from hf_prune import Pruner, make_plan
+from hf_prune.apply.masks import masks_of
+from hf_prune.structure.inputs import example_inputs
+from tests import zoo
+from tests.training.data import RECIPE, Tokens, trainer
+
+
+CRITERIA = ("l2", "random", "gradient", "taylor", "activation")
+
+
+def model():
+    return zoo.build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def write(masks, name):
+    tensors = {f"units|{key}": keep for key, keep in masks.units.items()}
+    tensors |= {f"weights|{key}": keep for key, keep in masks.weights.items()}
+    save_file(tensors, Path(sys.argv[2]) / f"{name}-of-{world}-rank{rank}.safetensors")
+
+
+def plan():
+    for name in ("bert", "llama"):
+        one = zoo.build(name)
+        batches = [example_inputs(one, seed=seed) for seed in range(5)]
+        if name == "bert":
+            batches = [
+                {**batch, "labels": torch.tensor([n % 2] * len(batch["input_ids"]))} for n, batch in enumerate(batches)
+            ]
+        for criterion in CRITERIA:
+            of_weights = "l1" if criterion == "activation" else criterion  # not defined for weights
+            recipe = {
+                "version": 1,
+                "prune": [
+                    {"target": "ffn_neurons", "sparsity": 0.5, "criterion": criterion, "scope": "global"},
+                    {"target": "attention_heads", "sparsity": 0.5, "criterion": criterion},
+                    {"target": "weights", "sparsity": 0.5, "criterion": of_weights, "scope": "global"},
+                ],
+            }
+            write(make_plan(one, recipe, calibration=batches).masks, f"{name}-{criterion}")
+
+
+def train():
+    run = trainer(
+        Path(sys.argv[2]) / f"run-{world}",
+        model=model(),
+        recipe={**RECIPE, "schedule": {**RECIPE["schedule"], "shrink": "never"}},
+        per_device_train_batch_size=4 // world,
+        average_tokens_across_devices=False,
+        save_strategy="steps",
+        save_steps=8,
+    )
+    run.train()
+    write(masks_of(run.model), "train")
+
+
+def shrink():
+    run = trainer(Path(sys.argv[2]) / f"run-{world}", model=model(), per_device_train_batch_size=4 // world)
+    run.train()
+    run.evaluate()
+    run.save_model(Path(sys.argv[2]) / f"saved-{world}")
+    save_file(
+        {name: tensor.clone() for name, tensor in run.model.state_dict().items()},
+        Path(sys.argv[2]) / f"shrunk-of-{world}-rank{rank}.safetensors",
+    )
+
+
+def loop():
+    accelerator = Accelerator(cpu=True)
+    one = model().train()
+    optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3)
+    data = DataLoader(Tokens(), batch_size=4 // world)
+    prepared, optimizer, data = accelerator.prepare(one, optimizer, data)
+    calibration = list(DataLoader(Tokens(), batch_size=4))[:2]
+    pruner = Pruner(prepared, optimizer, RECIPE, n_steps=len(data), calibration=calibration)
+    for batch in data:
+        accelerator.backward(prepared(**batch).loss)
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    write(masks_of(one), "loop")
+    pruner.finish()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        PartialState(cpu=True)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    {"plan": plan, "train": train, "shrink": shrink, "loop": loop}[sys.argv[1]]()

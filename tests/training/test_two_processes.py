@@ -1,0 +1,74 @@
+"""Real processes (torchrun, gloo): the plan of two is the plan of one; in training all hold the same masks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_prune.checkpoint import is_complete
+
+
+PROGRAM = Path(__file__).with_name("program.py")
+
+
+def launch(what, directory, n_processes):
+    root = Path(__file__).parents[2]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, str(PROGRAM), what, str(directory)]
+    if n_processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def masks(directory, name, n_processes):
+    """By rank."""
+    found = [load_file(directory / f"{name}-of-{n_processes}-rank{rank}.safetensors") for rank in range(n_processes)]
+    assert all(mask.dtype == torch.bool for tensors in found for mask in tensors.values())
+    return found
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_shot_plans_are_those_of_one_process(tmp_path):
+    launch("plan", tmp_path, 1)
+    launch("plan", tmp_path, 2)
+    names = sorted({path.name.split("-of-")[0] for path in tmp_path.iterdir()})
+    assert len(names) == 10
+    for name in names:
+        (alone,), (first, second) = masks(tmp_path, name, 1), masks(tmp_path, name, 2)
+        assert any(not keep.all() for keep in alone.values())
+        assert equal(first, second), name
+        assert equal(first, alone), name
+
+
+@pytest.mark.parametrize("what", ["train", "loop"])
+def test_masks_in_training_are_equal_on_both_ranks_and_those_of_one_process(tmp_path, what):
+    launch(what, tmp_path, 1)
+    launch(what, tmp_path, 2)
+    (alone,), (first, second) = masks(tmp_path, what, 1), masks(tmp_path, what, 2)
+    assert equal(first, second)
+    assert equal(first, alone)
+    if what == "train":
+        assert (tmp_path / "run-2" / "checkpoint-16" / "pruning_state.safetensors").exists()
+
+
+def test_two_processes_end_with_one_small_model(tmp_path):
+    launch("shrink", tmp_path, 2)
+    first, second = (load_file(tmp_path / f"shrunk-of-2-rank{rank}.safetensors") for rank in (0, 1))
+    assert equal(first, second)
+    assert is_complete(tmp_path / "saved-2")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved-2")
+    assert equal(loaded.state_dict(), first)
