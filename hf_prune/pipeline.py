@@ -23,7 +23,7 @@ from hf_prune.errors import CalibrationError, PruneError, UnsupportedModelError
 from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.report.build import Totals, build_report, measure_totals
+from hf_prune.report.build import Totals, build_report, first_sample, measure_totals
 from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites
 from hf_prune.structure.cost import unit_macs, unit_parameters
 from hf_prune.structure.inputs import example_inputs
@@ -264,7 +264,7 @@ def finish_(
     recipe = Recipe.load(recipe)
     structure, masks = inspect_model(model), masks_of(model)
     batches, inputs = verification_batches(model, batches, inputs)
-    dense = dense or measure_totals(model, batches)
+    dense = dense or measure_totals(model, first_sample(batches))
     times = dict(seconds or {})
     was_training = model.training
     model.eval()
@@ -293,7 +293,7 @@ def finish_(
         masks=masks,
         shrunk=shrink,
         dense=dense,
-        pruned=measure_totals(model, batches),
+        pruned=measure_totals(model, dense.sample),
         verification=verification,
         verdict=verdict or settle_config_(model, {}),
         notes=plan.notes if plan else [],
@@ -329,7 +329,7 @@ def prune_(
     """
     recipe = Recipe.load(recipe)
     batches = list(calibration) if calibration is not None else None
-    dense = measure_totals(model, verification_batches(model, batches, "calibration")[0])
+    dense = measure_totals(model, first_sample(verification_batches(model, batches, "calibration")[0]))
     started = time.perf_counter()
     plan = make_plan(model, recipe, calibration=batches)
     planned = time.perf_counter() - started

@@ -156,3 +156,10 @@ def auto_map(model_type: str) -> dict[str, str]:
         if names:
             found[name] = f"{MODELLING_MODULE}.{names[0] if isinstance(names, (tuple, list)) else names}"
     return found
+
+
+def auto_class(model: nn.Module) -> str:
+    """The Auto class that loads the model's class, else the class itself, by name."""
+    name = type(model).__name__
+    mapping = auto_map(model.config.model_type) if isinstance(model, PreTrainedModel) else {}
+    return next((auto for auto, reference in mapping.items() if reference.endswith(f".{name}")), name)

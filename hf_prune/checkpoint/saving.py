@@ -58,8 +58,7 @@ def save_staged(save: Callable[..., Any], model: Any, directory: Path, options: 
         staging = _staging(directory)
         result = save(staging, **options)
         add_side_files(model, staging)
-        sizes = {path.name: path.stat().st_size for path in staging.iterdir() if path.name != "README.md"}
-        (staging / MARKER).write_text(json.dumps({"version": 1, "files": sizes}, indent=2, sort_keys=True))
+        (staging / MARKER).write_text(_marker({path.name: path.stat().st_size for path in staging.iterdir()}))
         for path in staging.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -80,6 +79,32 @@ def add_side_files(model: Any, directory: Path) -> None:
         (directory / name).write_text(text, encoding="utf-8")
     if getattr(model.config, "hf_prune", None) is not None:
         shutil.copyfile(Path(__file__).with_name(MODELLING_FILE), directory / MODELLING_FILE)
+
+
+def update_side_files(model: Any, directory: str | Path) -> None:
+    """Replace recipe, report and card in a complete checkpoint, each at once; the weights stay where they are.
+
+    Raises:
+        CheckpointError: writing failed, or there is no complete checkpoint.
+    """
+    directory = Path(directory)
+    if not is_complete(directory):
+        raise CheckpointError(f"{directory} holds no complete checkpoint; save the model there first")
+    files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+    texts = model.__dict__[ARTIFACTS]
+    files |= {name: len(text.encode()) for name, text in texts.items()}
+    try:
+        for name, text in {**texts, MARKER: _marker(files)}.items():
+            beside = directory / f".{name}.partial"
+            beside.write_bytes(text.encode())
+            os.replace(beside, directory / name)
+    except OSError as error:
+        raise CheckpointError(f"writing to {directory} failed: {error}. Free some space, and save again.") from error
+
+
+def _marker(sizes: Mapping[str, int]) -> str:
+    files = {name: size for name, size in sizes.items() if name != "README.md"}  # people edit cards
+    return json.dumps({"version": 1, "files": files}, indent=2, sort_keys=True)
 
 
 def is_complete(directory: str | Path) -> bool:

@@ -23,6 +23,9 @@ LATER: tuple[tuple[str, Any], ...] = (
     ("shrink", "when_final"),
 )
 
+# Fields of TrainingArguments that a recipe has a place of its own for.
+SAID_ELSEWHERE = {"output_dir": "output.dir", "push_to_hub": "output.push_to_hub", "hub_model_id": "output.repo_id"}
+
 
 def messages(error: ValidationError, document: Any, where: Any) -> list[str]:
     """One line a mistake. `where(path)` gives the place of a key path, such as `recipe.yaml:3:5: `."""
@@ -44,11 +47,11 @@ def training_mistakes(training: Mapping[str, Any] | None, where: Any) -> Iterato
 
     from transformers import TrainingArguments
 
-    known = {field.name for field in fields(TrainingArguments) if field.init} - {"output_dir"}
+    known = {field.name for field in fields(TrainingArguments) if field.init} - SAID_ELSEWHERE.keys()
     for name in training:
         path = ("training", name)
-        if name == "output_dir":
-            yield f"{where(path)}training.output_dir: say it as output.dir"
+        if name in SAID_ELSEWHERE:
+            yield f"{where(path)}training.{name}: say it as {SAID_ELSEWHERE[name]}"
         elif name not in known:
             yield f"{where(path)}training.{name}: no field of TrainingArguments{_suggestion(name, known)}"
 

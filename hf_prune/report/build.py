@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_prune.checkpoint.format import auto_class
 from hf_prune.plan import KeepMasks
 from hf_prune.report.report import PruningReport, hardware, versions
 from hf_prune.structure import ModelStructure, Site
@@ -17,22 +19,35 @@ from hf_prune.structure.cost import count_macs, count_parameters
 
 @dataclass(frozen=True)
 class Totals:
-    """Parameters (tied ones once), bytes of all tensors in memory, and MACs of one sample (None: no inputs)."""
+    """Parameters (tied ones once), bytes of all tensors in memory, and MACs of one `sample` (None: no inputs)."""
 
     parameters: int
     bytes: int
     macs: int | None
+    sample: Mapping[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"parameters": self.parameters, "bytes": self.bytes, "macs": self.macs}
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the sample, by input."""
+        return {name: list(value.shape) for name, value in (self.sample or {}).items() if isinstance(value, Tensor)}
 
 
-def measure_totals(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Totals:
-    """Count `model`; MACs are counted while it runs on the first sample of the first batch."""
+def measure_totals(model: nn.Module, sample: Mapping[str, Any] | None) -> Totals:
+    """Count `model`; MACs are counted while it runs on `sample`: measure dense and pruned on the same."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    macs = None if sample is None else count_macs(model, sample)
+    return Totals(count_parameters(model), size, macs, sample)
+
+
+def first_sample(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The first sample of the first batch, with a batch dimension of 1."""
     first = next(iter(batches), None)
-    macs = None if first is None else count_macs(model, {k: _first_sample(v) for k, v in first.items()})
-    return Totals(count_parameters(model), size, macs)
+    return None if first is None else {name: _first(value) for name, value in first.items()}
 
 
-def _first_sample(value: Any) -> Any:
+def _first(value: Any) -> Any:
     return value[:1] if isinstance(value, Tensor) and value.dim() else value
 
 
@@ -70,18 +85,18 @@ def build_report(
             "recipe": recipe.to_dict(),
             "seed": recipe.seed,
             "model": {
-                "name_or_path": getattr(config, "_name_or_path", "") or "",
+                "name_or_path": _public_name(getattr(config, "_name_or_path", "") or ""),
                 "class": type(model).__name__,
                 "model_type": structure.model_type,
             },
             "sites": [_site(site, masks.units.get(site.key)) for site in structure.sites],
             "weights": [_weights(name, keep) for name, keep in masks.weights.items()],
             "sparsity": sparsity(structure, masks),
-            "totals": {"dense": asdict(dense), "pruned": asdict(pruned)},
+            "totals": {"dense": dense.to_dict(), "pruned": pruned.to_dict(), "macs_of": dense.shapes()},
             "measured": {},
             "estimated": {},
             "verification": None if verification is None else asdict(verification),
-            "checkpoint": {} if verdict is None else {"loads_with": verdict.loads_with, "why": verdict.why},
+            "checkpoint": {"loads_with": verdict.loads_with, "why": verdict.why, "class": auto_class(model)},
             "notes": notes,
             "hardware": hardware(),
             "versions": versions(),
@@ -117,3 +132,8 @@ def _site(site: Site, keep: Tensor | None) -> dict[str, Any]:
 
 def _weights(name: str, keep: Tensor) -> dict[str, Any]:
     return {"name": name, "n_entries": keep.numel(), "n_zero": int((~keep).sum())}
+
+
+def _public_name(name_or_path: str) -> str:
+    """A Hub id as it is; of a local directory the last part, since reports are shared."""
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path

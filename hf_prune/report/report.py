@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from hf_prune.checkpoint.saving import ARTIFACTS
+from hf_prune.errors import CheckpointError
 
 
 FORMAT, VERSION = "hf_prune.report", 1
@@ -48,27 +49,57 @@ class PruningReport:
             os.replace(beside, path)
         return text
 
-    def attach_(self, model: nn.Module) -> None:
-        """Put recipe, report and card on `model`, for `save_pretrained` and `push_to_hub` to write beside the weights."""
+    def attach_(self, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
+        """Put recipe, report and card on `model`, for `save_pretrained` and `push_to_hub` to write beside the weights.
+
+        Args:
+            model: the pruned model.
+            metadata: header fields of the card, as `render_card` takes them.
+        """
         from hf_prune.recipe import Recipe
         from hf_prune.report.card import render_card
 
         recipe = Recipe.from_dict(self.content["recipe"]).to_yaml()
+        base_model = self.content["model"]["name_or_path"] or None
         model.__dict__[ARTIFACTS] = {
             "recipe.yaml": recipe,
             "pruning_report.json": self.to_json(),
-            "README.md": render_card(
-                self.content, recipe, base_model=self.content["model"]["name_or_path"] or None, metadata={}
-            ),
+            "README.md": render_card(self.content, recipe, base_model=base_model, metadata=dict(metadata or {})),
         }
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> PruningReport:
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or it holds something else or something newer.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"there is no {path}; expected the directory of a model pruned by hf_prune"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is no report of hf_prune")
+        if content.get("version") != VERSION:
+            raise CheckpointError(
+                f"{path} has version {content.get('version')!r}; this reads {VERSION}. Upgrade hf_prune."
+            )
+        return cls(content)
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        console = Console(file=buffer, width=100)
+        self.print_to(Console(file=buffer, width=100))
+        return buffer.getvalue().rstrip()
+
+    def print_to(self, console: Console) -> None:
+        """The table, and what it doesn't say."""
         console.print(self.table())
         for line in self.lines():
-            console.print(line, markup=False, highlight=False)
-        return buffer.getvalue().rstrip()
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
         """Dense beside pruned."""
@@ -80,14 +111,15 @@ class PruningReport:
         dense, pruned = content["totals"]["dense"], content["totals"]["pruned"]
         rows = [(name, dense.get(name), pruned.get(name)) for name in ("parameters", "macs", "bytes")]
         measured = content["measured"]
-        for kind, unit in (("metrics", ""), ("bytes_on_disk", ""), ("latency_ms", "latency, batch ")):
+        for kind, unit in (("metrics", "{}"), ("bytes_on_disk", ""), ("latency_ms", "latency, batch of {} (ms)")):
             values = measured.get(kind, {})
             if kind == "bytes_on_disk" and values:
                 rows.append(("bytes on disk", values["dense"], values["pruned"]))
             elif values:
-                rows += [(f"{unit}{name}", values["dense"].get(name), new) for name, new in values["pruned"].items()]
+                rows += [(unit.format(name), values["dense"].get(name), new) for name, new in values["pruned"].items()]
+        titles = {"macs": f"MACs, {_sample(content['totals'])}", "bytes": "bytes in memory"}
         for name, old, new in rows:
-            table.add_row(name.replace("macs", "MACs"), _shown(old), _shown(new), _change(old, new))
+            table.add_row(titles.get(name, name), _shown(old), _shown(new), _change(old, new))
         return table
 
     def lines(self) -> list[str]:
@@ -122,6 +154,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _sample(totals: Mapping[str, Any]) -> str:
+    shapes = totals.get("macs_of") or {}
+    shape = shapes.get("input_ids") or next(iter(shapes.values()), None)
+    return f"input {' × '.join(map(str, shape))}" if shape else "not counted"
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from hf_prune.pipeline import RecipeLike, apply_, finish_, make_plan, verificati
 from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.report.build import measure_totals, sparsity
+from hf_prune.report.build import first_sample, measure_totals, sparsity
 from hf_prune.structure import inspect_model
 from hf_prune.training.schedule import updates
 
@@ -76,7 +76,8 @@ class Pruner:
         self._hooks: list[RemovableHandle] = []
         self._structure = inspect_model(self.model)
         with torch.random.fork_rng(devices=[]):
-            self._dense = measure_totals(self.model, verification_batches(self.model, None, "")[0])
+            batches, _ = verification_batches(self.model, self._batches(), "", at_most=1)
+            self._dense = measure_totals(self.model, first_sample(batches))
         self._watch_gradients()
 
     @property
