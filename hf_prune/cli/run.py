@@ -1,0 +1,81 @@
+"""`hf-prune run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to set.")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Only say sizes and verdict; reads no weight.")
+    ] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Do it all on a tiny model with made-up data.")] = False,
+) -> None:
+    """Load, train or calibrate, prune, verify, evaluate before and after, save, report; push if asked.
+
+    Examples:
+
+        hf-prune run quickstart
+
+        hf-prune run my.yaml prune.0.sparsity=0.3 output.dir=outputs/light
+
+        hf-prune run my.yaml --plan-only
+
+        hf-prune run my.yaml --smoke
+
+        torchrun --nproc_per_node 2 -m hf_prune run my.yaml
+    """
+    from hf_prune.recipe import Recipe
+    from hf_prune.recipe.shipped import find_recipe
+
+    checked = Recipe.from_yaml(find_recipe(recipe), overrides or ())
+    quiet()
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from hf_prune import job
+
+    is_main = PartialState().is_main_process
+    stages = job.Stages(Console(stderr=True, quiet=not is_main))
+    out = Console(quiet=not is_main)
+    if plan_only:
+        job.plan_only(checked).print_to(out)
+    elif smoke:
+        job.smoke(checked, stages)
+        out.print("the recipe works: trained, pruned, verified, saved and loaded on a tiny model", highlight=False)
+    else:
+        report = job.run(checked, stages)
+        report.print_to(out)
+        _say_how_to_load(out, report, checked.output.dir if checked.output else None)
+
+
+def _say_how_to_load(out: Any, report: Any, directory: str | None) -> None:
+    from hf_prune.recipe.schema import OutputSection
+
+    checkpoint, directory = report.content["checkpoint"], directory or OutputSection().dir
+    lines = ["", f"saved in {Path(directory)}; load it with", ""]
+    if checkpoint["loads_with"] == "hf_prune":
+        lines.append("    import hf_prune")
+    lines.append(f"    from transformers import {checkpoint['class']}")
+    lines.append(f'    model = {checkpoint["class"]}.from_pretrained("{directory}")')
+    if pushed := report.content.get("pushed_to"):
+        lines += ["", f"pushed to {pushed}"]
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def quiet() -> None:
+    """Leave the terminal to us: warnings of the libraries below stay, their bars and advice don't."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

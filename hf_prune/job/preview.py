@@ -1,0 +1,215 @@
+"""What a recipe would do: sizes and verdict without weights, or the whole job on a tiny model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, default_data_collator
+
+from hf_prune.checkpoint import allowed_sizes
+from hf_prune.errors import CheckpointError, RecipeError, UnsupportedModelError
+from hf_prune.job.progress import Stages
+from hf_prune.job.run import compare
+from hf_prune.job.sources import resolve
+from hf_prune.job.tasks import Prepared, accuracy, model_class
+from hf_prune.pipeline import apply_, finish_, make_plan
+from hf_prune.recipe import Recipe
+from hf_prune.recipe.schema import Criterion
+from hf_prune.report import PruningReport
+from hf_prune.report.build import Totals, first_sample, measure_totals
+from hf_prune.structure import inspect_model
+from hf_prune.structure.inputs import example_inputs
+
+
+# of a smoke test's model, where no config can be read
+_DEFAULT_MODELS = {"text-classification": "bert", "text-generation": "llama", "image-classification": "vit"}
+_D_HEAD, _N_CLASSES, _N_SAMPLES, _LENGTH, _N_STEPS = 8, 3, 48, 16, 12
+
+
+def plan_only(recipe: Recipe) -> PruningReport:
+    """What the model's config alone tells: sizes, parameters, MACs, how the checkpoint will load. Reads no weight.
+
+    Scores are random numbers, so *which* units leave is made up, and under `scope: global` how many leave each site;
+    how many leave in all is not. Thresholds depend on scores, and are left out.
+
+    Raises:
+        RecipeError: the recipe can't be met on this model.
+        CheckpointError: the model's config can't be read.
+    """
+    if recipe.model is None:
+        raise RecipeError("--plan-only needs the recipe's section 'model'")
+    model = meta_model(recipe.model.name_or_path, recipe.model.task, recipe.model.revision)
+    notes, steps = [], []
+    for number, step in enumerate(recipe.prune):
+        if step.target == "weights":
+            notes.append(f"prune.{number}: single weights become zero; no size changes")
+        elif step.threshold is not None:
+            notes.append(f"prune.{number}: what a threshold removes depends on the weights or data; left out here")
+        else:
+            if step.scope == "global" and step.remove is None:
+                notes.append(
+                    f"prune.{number}: under scope global the sizes of single sites follow the scores; made up"
+                )
+            steps.append(step.model_copy(update={"criterion": Criterion(name="random")}))
+    for number, step in enumerate(recipe.prune):
+        if step.target in ("ffn_neurons", "attention_heads"):
+            sites = inspect_model(model).of(step.target)
+            sizes = allowed_sizes(model, sites) if sites else []
+            if sizes:
+                notes.append(
+                    f"prune.{number}: a stock config can say equal sites of {_ranges(sizes)} {step.target} "
+                    f"(of {sizes[-1]}); others load with hf_prune or trust_remote_code"
+                )
+    planned = recipe.model_copy(update={"prune": tuple(steps)})
+    dense = _totals(model)
+    plan = make_plan(model, planned)
+    apply_(model, plan)
+    report = finish_(model, planned, plan=plan, verify=False, dense=dense)
+    report.content["notes"] = [note for note in report.content["notes"] if not note.startswith("not verified")] + notes
+    report.content["model"]["name_or_path"] = recipe.model.name_or_path
+    return report
+
+
+def _totals(model: nn.Module) -> Totals:
+    """Of a model on the meta device; no MACs where its code asks for a number that only real tensors have."""
+    try:
+        sample = first_sample([example_inputs(model)])
+        assert sample is not None
+        sample.pop("attention_mask", None)  # all ones, and code looks into it
+        return measure_totals(model, sample)
+    except (RuntimeError, NotImplementedError, UnsupportedModelError):
+        return measure_totals(model, None)
+
+
+def meta_model(name_or_path: str, task: str | None = None, revision: str | None = None) -> nn.Module:
+    """The model that a config describes, on the meta device: shapes, no memory.
+
+    Args:
+        name_or_path: a Hub id, a directory, or `package:NAME/PATH`.
+        task: of a recipe; None takes the class that the config names.
+        revision: on the Hub.
+
+    Raises:
+        CheckpointError: the config can't be read or builds no model.
+    """
+    import transformers
+
+    config = read_config(name_or_path, revision)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    auto = model_class(task) if task else None
+    try:
+        with torch.device("meta"):
+            if auto is None and hasattr(transformers, named):
+                return getattr(transformers, named)(config).eval()
+            return (auto or transformers.AutoModel).from_config(config).eval()
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the config of {name_or_path} builds no model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def read_config(name_or_path: str, revision: str | None = None) -> Any:
+    """The config of a model.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    path = resolve(name_or_path, "model.name_or_path")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"model.name_or_path: no config of {name_or_path!r} can be read: {' '.join(str(error).split())[:400]}"
+        ) from error
+
+
+def smoke(recipe: Recipe, stages: Stages) -> PruningReport:
+    """The recipe's own steps and schedule on a tiny random model and made-up data, saved and loaded in a scratch folder.
+
+    The model has the layers and heads of the recipe's, where its config can be read, and narrow widths.
+
+    Raises:
+        PruneError: what the real run would stumble on too.
+    """
+    task = recipe.model.task if recipe.model else "text-classification"
+    with tempfile.TemporaryDirectory(prefix="hf_prune-smoke-") as scratch:
+        prepared = _made_up(recipe, task)
+        batch_size = min(recipe.calibration.batch_size, 8)
+        small = {
+            "model": {"name_or_path": scratch, "task": task},
+            "data": {"name_or_path": scratch},
+            "output": {"dir": scratch},
+            "training": {"max_steps": _N_STEPS, "per_device_train_batch_size": 4},
+            "calibration": {"samples": 8, "length": _LENGTH, "batch_size": batch_size},
+        }
+        return compare(Recipe.from_dict(recipe.to_dict() | small), prepared, Path(scratch, "model"), stages)
+
+
+def _made_up(recipe: Recipe, task: str) -> Prepared:
+    """Seeded random samples that the tiny model takes, and a processor that saves nothing."""
+    config = _tiny_config(recipe, task)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    samples = []
+    for number in range(_N_SAMPLES):
+        if task == "image-classification":
+            shape = (getattr(config, "num_channels", 3), config.image_size, config.image_size)
+            sample = {"pixel_values": torch.randn(shape, generator=generator)}
+        else:
+            ids = torch.randint(3, config.vocab_size, (_LENGTH,), generator=generator)
+            sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        is_text_generation = task == "text-generation"
+        sample["labels"] = sample["input_ids"].clone() if is_text_generation else torch.tensor(number % _N_CLASSES)
+        samples.append(sample)
+    metric = None if task == "text-generation" else accuracy
+    auto = model_class(task)
+    return Prepared(
+        samples, samples[:16], _NoProcessor(), default_data_collator, lambda: auto.from_config(config), metric
+    )
+
+
+class _NoProcessor:
+    """Stands where a tokenizer would; made-up samples need none."""
+
+    def save_pretrained(self, directory: Any) -> None: ...
+
+
+def _tiny_config(recipe: Recipe, task: str) -> Any:
+    """The recipe's config with narrow widths; that of a family with the same task where it can't be read."""
+    config = None
+    if recipe.model is not None:
+        try:
+            config = read_config(recipe.model.name_or_path, recipe.model.revision)
+        except (CheckpointError, RecipeError):
+            config = None
+    if config is None:
+        config = AutoConfig.for_model(_DEFAULT_MODELS[task], num_hidden_layers=4, num_attention_heads=4)
+    n_heads = config.num_attention_heads
+    for name, value in _tiny_fields(n_heads):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
+    config.num_labels = _N_CLASSES
+    return config
+
+
+def _tiny_fields(n_heads: int) -> Iterator[tuple[str, Any]]:
+    yield "hidden_size", n_heads * _D_HEAD
+    yield "head_dim", _D_HEAD
+    yield "intermediate_size", 4 * n_heads * _D_HEAD
+    yield "vocab_size", 128
+    yield "max_position_embeddings", 64
+    yield "image_size", 32
+    yield "patch_size", 16
+    for name, token in (("pad", 0), ("bos", 1), ("eos", 2)):
+        yield f"{name}_token_id", token
+
+
+def _ranges(sizes: list[int]) -> str:
+    """1, 2, 4 as "1, 2, 4"; a long run as "1 to 96"."""
+    if sizes == list(range(sizes[0], sizes[-1] + 1)) and len(sizes) > 2:
+        return f"{sizes[0]} to {sizes[-1]}"
+    return ", ".join(map(str, sizes))

@@ -1,0 +1,261 @@
+"""The main job: the same model dense and pruned, trained alike, measured side by side, saved, reloaded, pushed."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+from hf_prune.apply.verify import TOLERANCES
+from hf_prune.calibration.batches import take
+from hf_prune.checkpoint.saving import MARKER, update_side_files
+from hf_prune.errors import PruneError, RecipeError, VerificationError
+from hf_prune.hub.push import push_folder
+from hf_prune.job.measure import latency_ms, weight_bytes
+from hf_prune.job.progress import Stages
+from hf_prune.job.sources import load_splits, resolve
+from hf_prune.job.tasks import Prepared, metrics_of, model_class, prepare
+from hf_prune.pipeline import prune_
+from hf_prune.recipe import Recipe
+from hf_prune.recipe.schema import OutputSection
+from hf_prune.report import PruningReport
+from hf_prune.training import PruningTrainer
+
+
+TRAINING = "training"  # the folder for checkpoints of training, inside the output directory
+BATCH_SIZES = (1, 8)
+# card fields that a pruned model inherits from the one it was made from
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+def run(recipe: Recipe, stages: Stages) -> PruningReport:
+    """Do what `recipe` says, from loading to pushing. Every process of a distributed launch calls it.
+
+    With a `training` section the model is fine-tuned twice from the same weights, without and with pruning; without
+    one it is pruned in a single step. Both are evaluated. Checkpoints of training lie in `<output.dir>/training`.
+
+    Args:
+        recipe: with the sections `model` and `data`.
+        stages: where progress is shown.
+
+    Returns:
+        The report, also saved beside the model in `output.dir`.
+
+    Raises:
+        PruneError: a mistake in the recipe, the data or the directories; nothing is half-written.
+    """
+    for section in ("model", "data"):
+        if getattr(recipe, section) is None:
+            raise RecipeError(f"`hf-prune run` needs the recipe's section {section!r}; see recipes/quickstart.yaml")
+    assert recipe.data is not None
+    output = recipe.output or OutputSection()
+    check_output(Path(output.dir))
+    arguments(recipe, Path(output.dir))  # whether they can be accepted, before anything is read
+    with stages.stage("data"), PartialState().main_process_first():
+        task = prepare(recipe, *load_splits(recipe.data, recipe.seed))
+    report = compare(recipe, task, Path(output.dir), stages)
+    if output.push_to_hub and PartialState().is_main_process:
+        with stages.stage("push"):
+            report.content["pushed_to"] = push_folder(
+                output.dir, output.repo_id or Path(output.dir).absolute().name, private=output.private
+            )
+    return report
+
+
+def compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> PruningReport:
+    """Train and evaluate dense and pruned, measure both, save the pruned one and load it again."""
+    models: dict[str, Any] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    report: PruningReport | None = None
+    for side in ("dense", "pruned"):
+        set_seed(recipe.seed)  # so that new heads begin alike
+        trainer = _trainer(recipe if side == "pruned" else None, recipe, task, directory / TRAINING / side)
+        if recipe.training is not None:
+            with stages.stage(f"{side}: training") as bar:
+                trainer.add_callback(bar)
+                trainer.train(resume_from_checkpoint=_checkpoint_to_resume(trainer))
+                trainer.remove_callback(bar)
+            report = trainer.pruning_report
+        elif side == "pruned":
+            with stages.stage("pruning"):
+                report = prune_(trainer.model, recipe, calibration=_calibration(recipe, task))
+        with stages.stage(f"{side}: evaluation"):
+            metrics[side] = metrics_of(trainer.evaluate())
+        models[side] = trainer.model
+    assert report is not None
+    if PartialState().is_main_process:
+        with stages.stage("measuring"):
+            report.content["measured"] = {"metrics": metrics, **_measured(models, task)}
+        with stages.stage("saving"):
+            _save(models, task, report, recipe, directory)
+            report.content["checkpoint"]["reload_difference"] = _reload_difference(recipe, task, models, directory)
+        report.content["seconds"] |= {name.replace(": ", "_"): seconds for name, seconds in stages.seconds.items()}
+        report.attach_(models["pruned"], _metadata(recipe))
+        update_side_files(models["pruned"], directory)
+        _remove_empty(directory / TRAINING)
+    PartialState().wait_for_everyone()
+    return report
+
+
+def check_output(directory: Path) -> None:
+    """Refuse a directory that holds something else than an earlier run of ours.
+
+    Raises:
+        PruneError: it does, or it is a file, or it can't be written.
+    """
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if directory.exists() and not directory.is_dir():
+        raise PruneError(f"output.dir: {directory} is a file; give a directory")
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        raise PruneError(f"output.dir: {directory} can't be written, because of {existing}; choose another one")
+    held = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    is_ours = held <= {TRAINING} or held & {MARKER, "pruning_report.json"}
+    if not is_ours:
+        raise PruneError(
+            f"output.dir: {directory} holds something else ({', '.join(sorted(held)[:3])}); nothing was touched. "
+            "Choose another directory (output.dir=…) or empty this one."
+        )
+
+
+def arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
+    """The recipe's `training` over defaults that fit a job: its seed, nothing reported or saved unless asked for.
+
+    Raises:
+        RecipeError: TrainingArguments refuses them.
+    """
+    given = recipe.training or {}
+    defaults = {
+        "seed": recipe.seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+    try:
+        return TrainingArguments(output_dir=str(directory), **{**defaults, **given})
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise RecipeError(f"training: TrainingArguments says: {' '.join(str(error).split())}") from error
+
+
+def _trainer(pruning: Recipe | None, recipe: Recipe, task: Prepared, directory: Path) -> PruningTrainer:
+    trainer = PruningTrainer(
+        model=task.load_model(),
+        args=arguments(recipe, directory),
+        train_dataset=task.train,
+        eval_dataset=task.evaluation,
+        processing_class=task.processor,
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+        recipe=pruning if recipe.training is not None else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _checkpoint_to_resume(trainer: PruningTrainer) -> str | None:
+    """With `training.resume_from_checkpoint`: the last checkpoint of this side that was written to the end."""
+    if not trainer.args.resume_from_checkpoint:
+        return None
+    needed = ["trainer_state.json"] + ["pruning_state.json"] * (trainer.recipe is not None)
+    folders = [
+        (int(found[1]), path)
+        for path in Path(trainer.args.output_dir).glob("checkpoint-*")
+        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)) and all((path / name).exists() for name in needed)
+    ]
+    return str(max(folders)[1]) if folders else None
+
+
+def _calibration(recipe: Recipe, task: Prepared) -> list[dict[str, Any]]:
+    calibration = recipe.calibration
+    loader = DataLoader(task.train, batch_size=calibration.batch_size, collate_fn=task.collator)
+    return take((dict(batch) for batch in loader), min(calibration.samples, len(task.train)))
+
+
+def _measured(models: Mapping[str, nn.Module], task: Prepared) -> dict[str, Any]:
+    latency: dict[str, dict[str, float]] = {side: {} for side in models}
+    for batch_size in BATCH_SIZES:
+        for side, milliseconds in latency_ms(models, task.batch(batch_size)).items():
+            latency[side][str(batch_size)] = milliseconds
+    return {"latency_ms": latency}
+
+
+def _save(models: Mapping[str, Any], task: Prepared, report: PruningReport, recipe: Recipe, directory: Path) -> None:
+    """Model and processor into `directory`, the bytes of both models' files into the report."""
+    assert recipe.model is not None
+    if not Path(recipe.model.name_or_path).exists():
+        report.content["model"]["name_or_path"] = recipe.model.name_or_path
+    models["pruned"].save_pretrained(directory)
+    task.processor.save_pretrained(directory)
+    with tempfile.TemporaryDirectory(prefix="hf_prune-") as scratch:
+        models["dense"].save_pretrained(scratch)
+        sides = {"dense": scratch, "pruned": directory}
+        report.content["measured"]["bytes_on_disk"] = {side: weight_bytes(path) for side, path in sides.items()}
+
+
+@torch.no_grad()
+def _reload_difference(recipe: Recipe, task: Prepared, models: Mapping[str, Any], directory: Path) -> float:
+    """max|difference| / max|logit| between the model in memory and the one on disk.
+
+    Raises:
+        VerificationError: it is above the tolerance; the files stay, to look into.
+    """
+    assert recipe.model is not None
+    model = models["pruned"].eval()
+    parameter = next(model.parameters())
+    again = (
+        model_class(recipe.model.task).from_pretrained(directory, dtype=parameter.dtype).to(parameter.device).eval()
+    )
+    inputs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in task.batch(2).items()}
+    expected, found = model(**inputs).logits.double(), again(**inputs).logits.double()
+    difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
+    if not difference <= TOLERANCES[parameter.dtype]:
+        raise VerificationError(
+            f"the model loaded from {directory} differs from the one saved there by {difference:.1e} of the largest "
+            "logit. This is a fault in hf_prune: please report it, with the recipe."
+        )
+    return difference
+
+
+def _metadata(recipe: Recipe) -> dict[str, Any]:
+    """Header of the card: the task, the data, and what the base model's own card says of license and language."""
+    assert recipe.model is not None and recipe.data is not None
+    output, data = recipe.output or OutputSection(), recipe.data
+    fields: dict[str, Any] = {"pipeline_tag": recipe.model.task}
+    fields |= {key: value for key, value in _base_card(recipe).items() if key in _INHERITED and value}
+    if not data.name_or_path.startswith("package:") and not Path(data.name_or_path).exists():
+        fields["datasets"] = [data.name_or_path]
+        fields["dataset"] = {"type": data.name_or_path, "config": data.config_name, "split": data.eval_split}
+    if output.push_to_hub and output.repo_id:
+        fields["repo_id"] = output.repo_id
+    return fields
+
+
+def _base_card(recipe: Recipe) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    assert recipe.model is not None
+    path = resolve(recipe.model.name_or_path, "model.name_or_path")
+    card = Path(path, "README.md")
+    if Path(path).exists() and not card.exists():
+        return {}
+    try:
+        return dict(ModelCard.load(str(card) if card.exists() else path).data.to_dict())
+    except (HfHubHTTPError, HTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return {}  # no card, none that can be read or none within reach: nothing is inherited
+
+
+def _remove_empty(directory: Path) -> None:
+    """Trainer makes its folders whether it saves or not."""
+    for path in (*sorted(directory.glob("*")), directory):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
