@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_prune.allocation import UnitCost, choose_units, choose_weights, select_sites
 from hf_prune.apply.masks import masked_entries, masks_of, set_masks
+from hf_prune.apply.present import dropped_blocks, is_inside, present_entries
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
 from hf_prune.apply.verify import verify as verify_models
@@ -110,7 +111,7 @@ class _StepPlanner:
             sites = [
                 site
                 for site in select_sites(self.step, self.structure.of(self.step.target))
-                if site.target == "layers" or not _inside(site, dropped)
+                if site.target == "layers" or not is_inside(site, dropped)
             ]
             eligible = {
                 site.key: self.kept.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool)) for site in sites
@@ -154,17 +155,9 @@ class _StepPlanner:
         return {site.key: self.criterion.score_units(model, site, statistics) for site in sites}
 
     def _eligible_entries(self, site: WeightSite) -> Tensor:
-        """Entries of a weight that are outside removed units and layers, and not removed by an earlier step."""
-        eligible = self.kept.weights.get(site.name, torch.ones(site.shape, dtype=torch.bool)).clone()
-        for key, keep in self.kept.units.items():
-            unit_site = self.structure[key]
-            gone = torch.nonzero(~keep).reshape(-1)
-            for piece in unit_site.slices if len(gone) else ():
-                if piece.name == site.name:
-                    eligible.index_fill_(piece.dim, piece.index(gone), False)
-        if any(site.module.startswith(f"{block}.") for block in dropped_blocks(self.structure, self.kept)):
-            eligible.zero_()
-        return eligible
+        """Entries of a weight that are there, and not removed by an earlier step."""
+        present = present_entries(self.structure, self.kept, site)
+        return present & self.kept.weights[site.name] if site.name in self.kept.weights else present
 
     def _cost(self, sites: Sequence[Site]) -> UnitCost | None:
         budget = self.step.sparsity
@@ -181,20 +174,6 @@ class _StepPlanner:
             )
             return UnitCost(total, {site.key: unit_macs(self.model, site, length) for site in sites})
         return None
-
-
-def dropped_blocks(structure: ModelStructure, kept: KeepMasks) -> list[str]:
-    """Names of the blocks that the masks bypass at every call."""
-    dropped = []
-    for site in structure.of("layers"):
-        keep = kept.units.get(site.key)
-        if keep is not None and not site.is_shared:
-            dropped += [block for block, is_kept in zip(site.blocks, keep.tolist(), strict=True) if not is_kept]
-    return dropped
-
-
-def _inside(site: Site, blocks: Sequence[str]) -> bool:
-    return any(site.name == block or site.name.startswith(f"{block}.") for block in blocks)
 
 
 def apply_(model: nn.Module, plan: PruningPlan) -> None:

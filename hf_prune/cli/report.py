@@ -20,12 +20,11 @@ def report(
 
         hf-prune report outputs/quickstart --json | jq .measured
     """
-    from rich.console import Console
-
     from hf_prune.report import PruningReport
+    from hf_prune.report.report import plain_console
 
     found = PruningReport.from_json(directory / "pruning_report.json")
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        found.print_to(Console())
+        found.print_to(plain_console())

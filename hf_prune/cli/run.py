@@ -41,10 +41,11 @@ def run(
     from rich.console import Console
 
     from hf_prune import job
+    from hf_prune.report.report import plain_console
 
     is_main = PartialState().is_main_process
     stages = job.Stages(Console(stderr=True, quiet=not is_main))
-    out = Console(quiet=not is_main)
+    out = plain_console(quiet=not is_main)
     if plan_only:
         job.plan_only(checked).print_to(out)
     elif smoke:

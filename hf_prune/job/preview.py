@@ -61,10 +61,8 @@ def plan_only(recipe: Recipe) -> PruningReport:
             sites = inspect_model(model).of(step.target)
             sizes = allowed_sizes(model, sites) if sites else []
             if sizes:
-                notes.append(
-                    f"prune.{number}: a stock config can say equal sites of {_ranges(sizes)} {step.target} "
-                    f"(of {sizes[-1]}); others load with hf_prune or trust_remote_code"
-                )
+                said = f"{_ranges(sizes[:-1])} of {sizes[-1]}" if len(sizes) > 1 else f"no fewer than {sizes[-1]}"
+                notes.append(f"prune.{number}: equal sites of {said} {step.target} load without hf_prune")
     planned = recipe.model_copy(update={"prune": tuple(steps)})
     dense = _totals(model)
     plan = make_plan(model, planned)

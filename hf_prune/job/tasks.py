@@ -45,8 +45,8 @@ def prepare(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
 
 def metrics_of(evaluated: Mapping[str, float]) -> dict[str, float]:
     """Of what `Trainer.evaluate` says: accuracy where there is one, else loss and perplexity."""
-    if "evalaccuracy" in evaluated:
-        return {"accuracy": float(evaluated["evalaccuracy"]), "loss": float(evaluated["eval_loss"])}
+    if "eval_accuracy" in evaluated:
+        return {"accuracy": float(evaluated["eval_accuracy"]), "loss": float(evaluated["eval_loss"])}
     loss = float(evaluated["eval_loss"])
     return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.apply.present import dropped_blocks, is_inside, present_entries, sparsity
 from hf_prune.checkpoint.format import auto_class
 from hf_prune.plan import KeepMasks
 from hf_prune.report.report import PruningReport, hardware, versions
-from hf_prune.structure import ModelStructure, Site
+from hf_prune.structure import ModelStructure, Site, WeightSite
 from hf_prune.structure.cost import count_macs, count_parameters
 
 
@@ -75,7 +76,7 @@ def build_report(
         verification, verdict: what the checks said; None where they didn't run.
     """
     config = getattr(model, "config", None)
-    notes = list(notes)
+    notes, dropped = list(notes), dropped_blocks(structure, masks)
     if verification is None and shrunk and any(not keep.all() for keep in masks.units.values()):
         notes.append("not verified: the smaller model was not compared with the masked one")
     return PruningReport.from_dict(
@@ -89,8 +90,8 @@ def build_report(
                 "class": type(model).__name__,
                 "model_type": structure.model_type,
             },
-            "sites": [_site(site, masks.units.get(site.key)) for site in structure.sites],
-            "weights": [_weights(name, keep) for name, keep in masks.weights.items()],
+            "sites": [_site(site, masks.units.get(site.key), dropped) for site in structure.sites],
+            "weights": [_weights(site, structure, masks) for site in structure.weights if site.name in masks.weights],
             "sparsity": sparsity(structure, masks),
             "totals": {"dense": dense.to_dict(), "pruned": pruned.to_dict(), "macs_of": dense.shapes()},
             "measured": {},
@@ -105,22 +106,11 @@ def build_report(
     )
 
 
-def sparsity(structure: ModelStructure, masks: KeepMasks) -> dict[str, float]:
-    """The fraction removed of all units of each target that has masks, and of all entries of the masked weights."""
-    result = {}
-    for target in ("layers", "attention_heads", "ffn_neurons"):
-        keeps = [(site.n_units, masks.units.get(site.key)) for site in structure.of(target)]  # type: ignore[arg-type]
-        if any(keep is not None for _, keep in keeps):
-            removed = sum(int((~keep).sum()) for _, keep in keeps if keep is not None)
-            result[target] = removed / sum(n_units for n_units, _ in keeps)
-    if masks.weights:
-        removed = sum(int((~keep).sum()) for keep in masks.weights.values())
-        result["weights"] = removed / sum(keep.numel() for keep in masks.weights.values())
-    return result
-
-
-def _site(site: Site, keep: Tensor | None) -> dict[str, Any]:
-    removed = [] if keep is None else torch.nonzero(~keep).reshape(-1).tolist()
+def _site(site: Site, keep: Tensor | None, dropped: Sequence[str]) -> dict[str, Any]:
+    if site.target != "layers" and is_inside(site, dropped):
+        removed = list(range(site.n_units))  # it left with its layer
+    else:
+        removed = [] if keep is None else torch.nonzero(~keep).reshape(-1).tolist()
     return {
         "target": site.target,
         "name": site.name,
@@ -130,8 +120,13 @@ def _site(site: Site, keep: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _weights(name: str, keep: Tensor) -> dict[str, Any]:
-    return {"name": name, "n_entries": keep.numel(), "n_zero": int((~keep).sum())}
+def _weights(site: WeightSite, structure: ModelStructure, masks: KeepMasks) -> dict[str, Any]:
+    present = present_entries(structure, masks, site)
+    return {
+        "name": site.name,
+        "n_entries": int(present.sum()),
+        "n_zero": int((present & ~masks.weights[site.name]).sum()),
+    }
 
 
 def _public_name(name_or_path: str) -> str:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 _TEMPLATE = "card.md.j2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_TITLES = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes"}
+_TITLES = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes in memory"}
 
 
 def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | None, metadata: dict[str, Any]) -> str:
@@ -113,10 +113,10 @@ def _eval_results(
 
 
 def _metrics(report: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """`(name, dense, pruned)` of all that was measured except latency."""
+    """`(name, dense, pruned)` of all that was measured except latency and size."""
     rows = []
     for key, value in (report.get("measured") or {}).items():
-        if key == "latency_ms" or not isinstance(value, Mapping):
+        if key in ("latency_ms", "bytes_on_disk") or not isinstance(value, Mapping):
             continue
         dense, pruned = value.get("dense"), value.get("pruned")
         if not isinstance(dense, Mapping) and not isinstance(pruned, Mapping):
@@ -153,10 +153,17 @@ def _targets(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Counted, measured and estimated numbers, each under its own heading."""
     totals, estimated = report.get("totals") or {}, report.get("estimated") or {}
-    latency = (report.get("measured") or {}).get("latency_ms") or {}
+    measured = report.get("measured") or {}
+    latency, files = measured.get("latency_ms") or {}, measured.get("bytes_on_disk") or {}
+    on_disk = [("bytes on disk", files.get("dense"), files.get("pruned"))] if files else []
     hardware = _hardware(report)
     tables = (
-        ("Size", "Counted on the saved model.", _pairs(totals.get("dense"), totals.get("pruned")), _share),
+        (
+            "Size",
+            "Counted on the saved model.",
+            [*_pairs(totals.get("dense"), totals.get("pruned")), *on_disk],
+            _share,
+        ),
         ("Quality", "Measured on the same data before and after.", _metrics(report), _difference),
         (
             "Speed",
@@ -234,7 +241,7 @@ def _limits(report: dict[str, Any]) -> list[str]:
         )
     else:
         limits.append("No metric was recorded: nothing here says how much quality was lost. Evaluate before use.")
-    if any(row["target"] == "weights" for row in _targets(report)):
+    if any(weight.get("n_zero") for weight in report.get("weights") or []):
         limits.append("Weights set to zero keep their place: by themselves they make no model smaller or faster.")
     if measured.get("latency_ms"):
         limits.append("Speed holds for the hardware named; fewer parameters gain less at small batches.")
@@ -246,6 +253,9 @@ def _limits(report: dict[str, Any]) -> list[str]:
 
 
 def _name(path_or_id: str | None) -> str:
+    """The last part of a path or Hub id, or the package of `package:NAME/PATH`."""
+    if path_or_id and path_or_id.startswith("package:"):
+        return path_or_id.removeprefix("package:").split("/")[0]
     return Path(path_or_id).name if path_or_id else "pruned"
 
 

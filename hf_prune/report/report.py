@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from hf_prune.errors import CheckpointError
 
 
 FORMAT, VERSION = "hf_prune.report", 1
+PLAIN_WIDTH = 110  # columns where there is no terminal
+_FEW = 8  # units that are named one by one in the table
 
 
 @dataclass
@@ -92,14 +95,30 @@ class PruningReport:
 
     def __str__(self) -> str:
         buffer = io.StringIO()
-        self.print_to(Console(file=buffer, width=100))
+        self.print_to(Console(file=buffer, width=PLAIN_WIDTH))
         return buffer.getvalue().rstrip()
 
     def print_to(self, console: Console) -> None:
-        """The table, and what it doesn't say."""
+        """Site by site, then dense beside pruned, then what tables don't say."""
+        console.print(self.site_table())
         console.print(self.table())
         for line in self.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def site_table(self) -> Table:
+        """What left of each site, and what is kept."""
+        table = Table(title="what left", title_justify="left")
+        for column in ("target", "site", "of", "kept", "left"):
+            table.add_column(column, justify="right" if column in ("of", "kept") else "left", overflow="fold")
+        for site in self.content["sites"]:
+            if site["removed"]:
+                table.add_row(site["target"], site["name"], f"{site['n_units']:,}", f"{site['n_kept']:,}", _left(site))
+        for weight in self.content["weights"]:
+            n_entries, n_zero = weight["n_entries"], weight["n_zero"]
+            if n_zero:
+                kept = f"{n_entries - n_zero:,}"
+                table.add_row("weights", weight["name"], f"{n_entries:,}", kept, f"{n_zero / n_entries:.1%}")
+        return table
 
     def table(self) -> Table:
         """Dense beside pruned."""
@@ -109,8 +128,9 @@ class PruningReport:
         for column in ("dense", "pruned", "change"):
             table.add_column(column, justify="right")
         dense, pruned = content["totals"]["dense"], content["totals"]["pruned"]
-        rows = [(name, dense.get(name), pruned.get(name)) for name in ("parameters", "macs", "bytes")]
         measured = content["measured"]
+        counted = ("parameters", "macs") if measured.get("bytes_on_disk") else ("parameters", "macs", "bytes")
+        rows = [(name, dense.get(name), pruned.get(name)) for name in counted]
         for kind, unit in (("metrics", "{}"), ("bytes_on_disk", ""), ("latency_ms", "latency, batch of {} (ms)")):
             values = measured.get(kind, {})
             if kind == "bytes_on_disk" and values:
@@ -125,9 +145,13 @@ class PruningReport:
     def lines(self) -> list[str]:
         """What the table does not say."""
         content, lines = self.content, []
-        for target, fraction in content["sparsity"].items():
-            lines.append(f"{target}: {fraction:.1%} left the model" if target != "weights" else
-                         f"weights: {fraction:.1%} of the entries are zero; zeros make no dense kernel faster")  # fmt: skip
+        removed = {target: share for target, share in content["sparsity"].items() if target != "weights"}
+        if removed:
+            shares = ", ".join(f"{share:.1%} of {target}" for target, share in removed.items())
+            lines.append(f"left: {shares} (heads and neurons: of those in kept layers)")
+        if "weights" in content["sparsity"]:
+            zeros = content["sparsity"]["weights"]
+            lines.append(f"zero: {zeros:.1%} of the entries of pruned weights; zeros make no dense kernel faster")
         check = content["verification"]
         if check:
             lines.append(
@@ -137,6 +161,11 @@ class PruningReport:
         if content["checkpoint"]:
             lines.append(f"loads with {content['checkpoint']['loads_with']}: {content['checkpoint']['why']}")
         return lines + [f"note: {note}" for note in content["notes"]]
+
+
+def plain_console(quiet: bool = False) -> Console:
+    """Standard output: as wide as the terminal, or as wide as tables need where there is none."""
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def hardware() -> dict[str, Any]:
@@ -154,6 +183,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _left(site: Mapping[str, Any]) -> str:
+    removed = site["removed"]
+    if not site["n_kept"]:
+        return "all, with its layer"
+    share = f"{len(removed) / site['n_units']:.1%}"
+    return f"{share}: {', '.join(map(str, removed))}" if len(removed) <= _FEW else share
 
 
 def _sample(totals: Mapping[str, Any]) -> str:

@@ -11,13 +11,14 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_prune.apply import present
 from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
 from hf_prune.errors import CheckpointError
 from hf_prune.pipeline import RecipeLike, apply_, finish_, make_plan, verification_batches
 from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.report.build import first_sample, measure_totals, sparsity
+from hf_prune.report.build import first_sample, measure_totals
 from hf_prune.structure import inspect_model
 from hf_prune.training.schedule import updates
 
@@ -73,6 +74,7 @@ class Pruner:
         self.updates = [updates(step.schedule or self.recipe.schedule, n_steps) for step in self.recipe.prune]
         self.last_update = max(max(of_step) for of_step in self.updates)
         self.seconds = 0.0
+        self._sparsity: dict[str, float] | None = None  # counting takes time, and only updates change it
         self._hooks: list[RemovableHandle] = []
         self._structure = inspect_model(self.model)
         with torch.random.fork_rng(devices=[]):
@@ -108,8 +110,11 @@ class Pruner:
         return True
 
     def sparsity(self) -> dict[str, float]:
-        """The fraction that has left, by target of the recipe."""
-        return {step.target: 0.0 for step in self.recipe.prune} | sparsity(self._structure, masks_of(self.model))
+        """The fraction that has left, by target of the recipe, of what earlier steps left there."""
+        if self._sparsity is None:
+            reached = present.sparsity(self._structure, masks_of(self.model))
+            self._sparsity = {step.target: 0.0 for step in self.recipe.prune} | reached
+        return self._sparsity
 
     def finish(
         self, *, batches: Batches | None = None, inputs: str = "calibration", verify: bool = True
@@ -198,6 +203,7 @@ class Pruner:
 
     def _watch_gradients(self) -> None:
         self.detach()
+        self._sparsity = None
         for parameter, entries in self._by_parameter().items():
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_masked_gradient(entries)))
