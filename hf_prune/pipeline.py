@@ -100,10 +100,10 @@ class _StepPlanner:
 
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         if self.step.target == "weights":
-            sites = select_sites(self.step, self.structure.weights)
-            eligible = {site.name: self._eligible_entries(site) for site in sites}
+            weights = select_sites(self.step, self.structure.weights)
+            eligible = {site.name: self._eligible_entries(site) for site in weights}
             gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
-            chosen = choose_weights(self.step, sites, self._scores(sites), eligible, gone, progress=progress)
+            chosen = choose_weights(self.step, weights, self._scores(weights), eligible, gone, progress=progress)
             keep = KeepMasks(weights=chosen.keep)
         else:
             require_sites(self.structure, self.step.target)
@@ -150,9 +150,13 @@ class _StepPlanner:
                 model = copy.deepcopy(model)
                 set_masks(model, self.kept)
         statistics = collect(model, self.batches or [], needs, sites, seed=self.recipe.seed) if needs else None
-        if self.step.target == "weights":
-            return {site.name: self.criterion.score_weights(model, site, statistics) for site in sites}
-        return {site.key: self.criterion.score_units(model, site, statistics) for site in sites}
+        scores = {}
+        for site in sites:
+            if isinstance(site, WeightSite):
+                scores[site.name] = self.criterion.score_weights(model, site, statistics)
+            else:
+                scores[site.key] = self.criterion.score_units(model, site, statistics)
+        return scores
 
     def _eligible_entries(self, site: WeightSite) -> Tensor:
         """Entries of a weight that are there, and not removed by an earlier step."""
@@ -358,7 +362,7 @@ def verification_batches(
     """A few batches on the model's device: the user's own, else generated ones."""
     if batches is not None:
         device = next(model.parameters()).device
-        chosen = []
+        chosen: list[Mapping[str, Any]] = []
         for batch in batches:
             chosen.append({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             if len(chosen) == at_most:

@@ -239,7 +239,7 @@ def _uniform_counts(
     """How many units leave each site so that all of a size keep equally many."""
     if not isinstance(step.sparsity, float):
         raise RecipeError("uniform goes with a plain sparsity; drop the budget, threshold or list of units")
-    wanted = {}
+    wanted: dict[str, int] = {}
     by_size: dict[int, list[Site]] = {}
     for site in sites:
         by_size.setdefault(int(eligible[site.key].sum()), []).append(site)

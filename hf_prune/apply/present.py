@@ -43,7 +43,7 @@ def sparsity(structure: ModelStructure, masks: KeepMasks) -> dict[str, float]:
     """The fraction removed, for each target that has masks, of what dropped layers and removed units left there."""
     fractions, dropped = {}, dropped_blocks(structure, masks)
     for target in ("layers", "attention_heads", "ffn_neurons"):
-        there = [site for site in structure.of(target) if target == "layers" or not is_inside(site, dropped)]  # type: ignore[arg-type]
+        there = [site for site in structure.of(target) if target == "layers" or not is_inside(site, dropped)]
         if any(site.key in masks.units for site in there):
             kept = sum(int(masks.units[site.key].sum()) if site.key in masks.units else site.n_units for site in there)
             fractions[target] = 1 - kept / sum(site.n_units for site in there)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
     for norm in site.norms:
         module = model.get_submodule(norm.module)
         grown = site.n_units / n_kept  # N / K
-        module.weight.mul_(math.sqrt(grown))
+        module.get_parameter("weight").mul_(math.sqrt(grown))
         setattr(module, norm.epsilon, getattr(module, norm.epsilon) * grown)
     views: dict[str, dict[str, int]] = {}
     for attribute in site.attributes:
@@ -80,8 +81,8 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
         else:
             setattr(model.get_submodule(attribute.module), attribute.name, attribute.per_unit * n_kept)
     for name, overrides in views.items():
-        module = model.get_submodule(name)
-        module.config = ConfigView(module.config, overrides)
+        reader: Any = model.get_submodule(name)
+        reader.config = ConfigView(reader.config, overrides)
 
 
 def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,6 +93,7 @@ def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[st
         setattr(parent.config, field_name, len(kept))
         return weights
     stack = model.get_submodule(site.name)
+    assert isinstance(stack, nn.ModuleList)
     blocks = list(stack)
     _hand_on(blocks[0], blocks[kept[0]])
     for new, old in enumerate(kept):

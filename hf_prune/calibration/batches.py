@@ -116,8 +116,9 @@ class Batch:
         """(…, d) -> (n_tokens, d) without padding. Shapes that the mask doesn't fit count whole."""
         mask = self.kept_mask(in_decoder)
         rows = x.reshape(-1, x.shape[-1])
-        fits = mask is not None and x.shape[:-1] in (mask.shape, (mask.numel(),))
-        return rows[mask.reshape(-1)] if fits else rows
+        if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+            return rows
+        return rows[mask.reshape(-1)]
 
     def by_sample(self, x: Tensor, module: str) -> Tensor:
         """(B, …, d) or (B * T, d) -> (B, positions, d).

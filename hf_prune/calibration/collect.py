@@ -121,7 +121,7 @@ def _evaluation(
     for recorder in recorders.values():
         if isinstance(recorder, WeightGradients):
             scored.update(recorder.parameters.values())
-    devices = sorted({p.device.index for p in flags if p.device.type == "cuda"})  # type: ignore[type-var]
+    devices = sorted({p.device.index for p in flags if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:

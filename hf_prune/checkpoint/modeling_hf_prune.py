@@ -111,7 +111,7 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
                 f"{place} has size {_short(shape)}, more than the {list(built.shape)} that the config builds"
             )
     for attribute, value in entry.get("attributes", {}).items():
-        built_value = None if attribute.startswith("_") else module.__dict__.get(attribute)
+        built_value: Any = None if attribute.startswith("_") else module.__dict__.get(attribute)
         if (
             type(value) is not type(built_value)
             or type(value) not in (int, float)
@@ -146,9 +146,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _resize_module(module: nn.Module, entry: Mapping[str, Any]) -> None:
+def _resize_module(module: Any, entry: Mapping[str, Any]) -> None:
     for name, shape in entry.get("tensors", {}).items():
-        built = module._parameters[name]
+        built = module.get_parameter(name)
         if list(built.shape) != shape:
             # a slice of the built tensor: right device and dtype, and no memory on the meta device
             smaller = built.detach()[tuple(slice(size) for size in shape)].clone()
@@ -184,11 +184,12 @@ def __getattr__(name: str) -> Any:
     stock = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base: Any = stock  # narrowed to a bare `type` above, of which a type checker knows no `post_init`
 
     def post_init(self: Any) -> None:
         if getattr(self.config, "hf_prune", None) is not None:
             resize_(self, self.config.hf_prune)
-        stock.post_init(self)
+        base.post_init(self)
 
     made = type(name, (stock,), {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__})
     globals()[name] = made

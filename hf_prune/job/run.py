@@ -197,7 +197,7 @@ def _save(models: Mapping[str, Any], task: Prepared, report: PruningReport, reci
     task.processor.save_pretrained(directory)
     with tempfile.TemporaryDirectory(prefix="hf_prune-") as scratch:
         models["dense"].save_pretrained(scratch)
-        sides = {"dense": scratch, "pruned": directory}
+        sides: dict[str, str | Path] = {"dense": scratch, "pruned": directory}
         report.content["measured"]["bytes_on_disk"] = {side: weight_bytes(path) for side, path in sides.items()}
 
 

@@ -71,8 +71,10 @@ def _text_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepare
         encoded = tokenizer(batch[data.text_column], truncation=True, max_length=data.max_length)
         return {**encoded, "labels": labels.numbers(batch[data.label_column])}
 
+    train, evaluation = _mapped(encode, train, evaluation)
     return Prepared(
-        *_mapped(encode, train, evaluation),
+        train,
+        evaluation,
         tokenizer,
         DataCollatorWithPadding(tokenizer),
         lambda: _pretrained(model_class("text-classification"), recipe, **labels.config()),
@@ -120,8 +122,10 @@ def _image_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepar
         images = [image.convert("RGB") for image in batch[data.image_column]]
         return {**processor(images), "labels": labels.numbers(batch[data.label_column])}
 
+    train, evaluation = _mapped(encode, train, evaluation)
     return Prepared(
-        *_mapped(encode, train, evaluation),
+        train,
+        evaluation,
         processor,
         default_data_collator,
         lambda: _pretrained(model_class("image-classification"), recipe, **labels.config()),

@@ -269,7 +269,7 @@ class Step(_Section):
         mistakes = list(self._mistakes())
         if mistakes:
             raise ValueError("\n".join(mistakes))
-        defaults = {}
+        defaults: dict[str, _Section] = {}
         if self.criterion is None:
             defaults["criterion"] = Criterion(name="l1" if self.target == "weights" else "l2")
         if self.pattern is None:

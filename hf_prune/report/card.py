@@ -169,15 +169,19 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
             "Speed",
             f"Measured on {hardware}." if hardware else "Measured; the hardware wasn't recorded.",
             [
-                (f"milliseconds, batch of {batch}", *pair)
-                for batch, *pair in _pairs(latency.get("dense"), latency.get("pruned"))
+                (f"milliseconds, batch of {batch}", dense, pruned)
+                for batch, dense, pruned in _pairs(latency.get("dense"), latency.get("pruned"))
             ],
             _speedup,
         ),
         ("Estimated", "Computed, not measured.", _pairs(estimated.get("dense"), estimated.get("pruned")), _share),
     )
     return [
-        {"title": title, "note": note, "rows": [_row(*row, change=change(*row[1:])) for row in rows]}
+        {
+            "title": title,
+            "note": note,
+            "rows": [_row(name, dense, pruned, change(dense, pruned)) for name, dense, pruned in rows],
+        }
         for title, note, rows, change in tables
         if rows
     ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_prune.structure import layouts
 from hf_prune.structure.layouts import ATTENTION_LAYOUTS, AttentionLayout
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, number
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, number, weight_of
 from hf_prune.structure.projections import reading_slice, writing_slices
 from hf_prune.structure.sites import Attribute, FullWidthNorm, Read, Refusal, Site, Span, TensorSlice
 
@@ -65,7 +65,9 @@ def _site(names: ModuleNames, name: str, module: nn.Module, layout: AttentionLay
     slices += [reading_slice(output_name, output, unit), *_side_tables(names, name, layout, n_heads)]
     norms = _full_width_norms(names, name, n_kv_heads, d_head, n_heads)
     slices += [
-        TensorSlice(norm.module, "weight", 0, (Span(0, names.modules[norm.module].weight.numel() // n_units),), True)
+        TensorSlice(
+            norm.module, "weight", 0, (Span(0, weight_of(names.modules[norm.module]).numel() // n_units),), True
+        )
         for norm in norms
     ]
     _refuse_unknown(name, module, {piece.name for piece in slices} | {f"{output_name}.bias"}, n_heads)

@@ -52,10 +52,10 @@ def require_sites(structure: ModelStructure, target: str) -> tuple[Site, ...]:
     if sites:
         return sites
     refused = [f"{refusal.name}: {refusal.reason}" for refusal in structure.refusals if refusal.target == target]
-    found = sorted({site.target for site in structure.sites}) or ["no units"]
+    found = ", ".join(sorted({site.target for site in structure.sites})) or "no units"
     reason = "; ".join(dict.fromkeys(refused)) or "no block matches a known layout"
     raise UnsupportedModelError(
-        f"{structure.model_class} has no {target} that can be pruned: {reason}. Found: {', '.join(found)}. "
+        f"{structure.model_class} has no {target} that can be pruned: {reason}. Found: {found}. "
         "Target `weights` works on every model."
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ def example_inputs(model: nn.Module, batch_size: int = 2, length: int = 16, seed
     """
     generator = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
-    config = model.config
+    config: Any = model.config
     text = _sub(config, "text_config")
     vision = _sub(config, "vision_config")
     inputs: dict[str, Tensor] = {}
@@ -65,6 +67,6 @@ def example_inputs(model: nn.Module, batch_size: int = 2, length: int = 16, seed
     }
 
 
-def _sub(config: object, name: str) -> object:
+def _sub(config: Any, name: str) -> Any:
     """A nested config, or the config itself."""
     return getattr(config, name, None) or config

@@ -72,14 +72,21 @@ def number(module: nn.Module, names: tuple[str, ...]) -> tuple[str, int] | None:
     return None
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """Its `weight`, which `nn.Module` can't promise to be a tensor."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def d_out(module: nn.Module) -> int:
     """The number of outputs of a linear layer, `nn.Linear` (d_out, d_in) or `Conv1D` (d_in, d_out)."""
-    return int(module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0])
+    return weight_of(module).shape[1 if isinstance(module, Conv1D) else 0]
 
 
 def d_in(module: nn.Module) -> int:
     """The number of inputs of a linear layer."""
-    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.weight.shape[1])
+    return weight_of(module).shape[0 if isinstance(module, Conv1D) else 1]
 
 
 def is_linear(module: nn.Module | None) -> bool:

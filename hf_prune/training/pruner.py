@@ -154,7 +154,8 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Step, recipe and masks: `tensors` by name, the rest plain data."""
         tensors: dict[str, Tensor] = {}
-        parts = {"base": self.plan.base, **dict(enumerate(self.plan.steps))} if self.plan else {}
+        steps = {str(number): masks for number, masks in enumerate(self.plan.steps)} if self.plan else {}
+        parts = {"base": self.plan.base, **steps} if self.plan else {}
         for part, masks in parts.items():
             tensors |= {f"{part}|units|{name}": keep for name, keep in masks.units.items()}
             tensors |= {f"{part}|weights|{name}": keep for name, keep in masks.weights.items()}

@@ -21,7 +21,10 @@ from hf_prune.training.pruner import Pruner, unwrap
 from hf_prune.training.state import load_state, save_state
 
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
 
 
 class PruningMixin(_Base):
@@ -35,6 +38,8 @@ class PruningMixin(_Base):
         calibration_dataset: for criteria that look at data; else the first `calibration.samples` of the training set.
         teacher_model: for distillation, which this version has not.
     """
+
+    optimizer: Any  # Trainer's, and none once the shapes have changed
 
     def __init__(
         self,
