@@ -161,7 +161,8 @@ def _limit(step: Any, n_eligible: int) -> int:
 
 def _normalised(scores: Tensor, eligible: Tensor, step: Any, loss_units: bool) -> Tensor:
     how = ("none" if loss_units else "mean") if step.normalize == "auto" else step.normalize
-    if how == "none" or not eligible.any():
+    # a threshold is on raw scores: what lies below it is what has to leave
+    if how == "none" or step.threshold is not None or not eligible.any():
         return scores
     there = scores[eligible].double()
     scale = there.mean() if how == "mean" else there.max()
