@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
-from hf_prune.criteria.table import CRITERION_OPTIONS, CRITERION_TARGETS
+from hf_prune.recipe.vocabulary import CRITERIA
 
 
 # Keys and values that are known to the language but not to this version.
@@ -82,11 +82,11 @@ def _criterion(value: Any) -> Any:
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         raise ValueError("expected a criterion's name, or {name: …, option: …}")
     name, options = value["name"], {key: option for key, option in value.items() if key != "name"}
-    if name not in CRITERION_TARGETS:
-        raise ValueError(f"unknown criterion {name!r}; known: {', '.join(CRITERION_TARGETS)}{_near(name)}")
-    unknown = set(options) - CRITERION_OPTIONS[name]
+    if name not in CRITERIA:
+        raise ValueError(f"unknown criterion {name!r}; known: {', '.join(CRITERIA)}{_near(name)}")
+    unknown = set(options) - CRITERIA[name].options
     if unknown:
-        takes = ", ".join(sorted(CRITERION_OPTIONS[name])) or "no options"
+        takes = ", ".join(sorted(CRITERIA[name].options)) or "no options"
         raise ValueError(f"criterion {name} takes {takes}; unknown: {', '.join(sorted(unknown))}")
     return Criterion(name=name, options=options)
 
@@ -94,7 +94,7 @@ def _criterion(value: Any) -> Any:
 def _near(name: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, CRITERION_TARGETS, 1)
+    near = get_close_matches(name, CRITERIA, 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -159,15 +159,15 @@ CriterionField = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"enum": list(CRITERION_TARGETS)},
+                {"enum": list(CRITERIA)},
                 *(
                     {
                         "type": "object",
-                        "properties": {"name": {"const": name}} | {option: {} for option in sorted(options)},
+                        "properties": {"name": {"const": name}} | {option: {} for option in sorted(entry.options)},
                         "required": ["name"],
                         "additionalProperties": False,
                     }
-                    for name, options in CRITERION_OPTIONS.items()
+                    for name, entry in CRITERIA.items()
                 ),
                 {"type": "null"},
             ]
@@ -290,6 +290,11 @@ class Step(_Section):
                 yield "remove is for layers, heads and neurons; weights leave by sparsity, threshold or N:M"
             if isinstance(self.sparsity, MacBudget):
                 yield "{macs: …} is for layers, heads and neurons: zeros in a dense weight save no operation"
+            if isinstance(self.sparsity, ParameterBudget):
+                yield "{parameters: …} is for layers, heads and neurons: zeros stay in the tensor; give a plain fraction"
+            for name in ("normalize", "uniform", "round_to", "min_keep", "max_sparsity"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield f"{name} is for layers, heads and neurons, not weights; drop it"
         else:
             if self.pattern is not None:
                 yield f"pattern is for target weights, not {self.target}"
@@ -297,10 +302,12 @@ class Step(_Section):
                 yield f"scope output is for target weights, not {self.target}; use layer or global"
         if isinstance(self.remove, list) and self.target not in ("layers", "weights"):
             yield 'remove of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
+        if self.uniform and self.target == "layers":
+            yield "uniform is for heads and neurons; layers are of one size already"
         if self.uniform and self.scope == "global":
             yield "uniform asks for equal sites and scope global lets them differ; drop one"
-        if self.criterion is not None and self.target not in CRITERION_TARGETS[self.criterion.name]:
-            defined = ", ".join(sorted(CRITERION_TARGETS[self.criterion.name]))
+        if self.criterion is not None and self.target not in CRITERIA[self.criterion.name].targets:
+            defined = ", ".join(sorted(CRITERIA[self.criterion.name].targets))
             yield f"criterion {self.criterion.name} is not defined for {self.target}; it is for {defined}"
 
     @field_serializer("sparsity", "criterion", "pattern")

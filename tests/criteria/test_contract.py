@@ -1,11 +1,13 @@
 """Every criterion on every target that it is defined for, and oracles written as plain loops."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from hf_prune.calibration import collect
-from hf_prune.criteria import _HOMES, get
-from hf_prune.criteria.table import CRITERION_TARGETS
+from hf_prune.criteria import get
+from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import inspect_model
 from tests import zoo
 
@@ -24,11 +26,12 @@ def labelled(name, n_batches=2, size=2, padded=False):
     return batches
 
 
-CASES = [(criterion, target) for criterion, targets in CRITERION_TARGETS.items() for target in sorted(targets)]
+CASES = [(criterion, target) for criterion, entry in CRITERIA.items() for target in sorted(entry.targets)]
 
 
-def test_the_tables_agree():
-    assert CRITERION_TARGETS.keys() == _HOMES.keys()
+@pytest.mark.parametrize(("name", "entry"), CRITERIA.items())
+def test_a_criterion_takes_the_options_that_its_entry_lists(name, entry):
+    assert {field.name for field in fields(get(name))} == entry.options
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
