@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from hf_prune.errors import RecipeError
 from hf_prune.recipe.mistakes import dotted, messages, training_mistakes
 from hf_prune.recipe.schema import RecipeDocument
+from hf_prune.recipe.shipped import find_recipe
 from hf_prune.recipe.yaml import Places, read_yaml, scalar
 
 
@@ -25,14 +26,14 @@ class Recipe(RecipeDocument):
 
     @classmethod
     def load(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-        """A recipe as it is, from a mapping, or from a path.
+        """A recipe as it is, from a mapping, from a path, or by the name of one that is shipped.
 
         Raises:
             RecipeError: with all mistakes.
         """
         if isinstance(recipe, Recipe):
             return recipe
-        return cls.from_dict(recipe) if isinstance(recipe, Mapping) else cls.from_yaml(recipe)
+        return cls.from_dict(recipe) if isinstance(recipe, Mapping) else cls.from_yaml(find_recipe(str(recipe)))
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
