@@ -1,7 +1,7 @@
 """The recipe language: YAML in, checked plain data out."""
 
-from hf_prune.recipe.loading import FILE_NAME, Recipe, apply_overrides
+from hf_prune.recipe.loading import FILE_NAME, Recipe
 from hf_prune.recipe.schema import Schedule, Step
 
 
-__all__ = ["FILE_NAME", "Recipe", "Schedule", "Step", "apply_overrides"]
+__all__ = ["FILE_NAME", "Recipe", "Schedule", "Step"]

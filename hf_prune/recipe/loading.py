@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from hf_prune.errors import RecipeError
-from hf_prune.recipe.mistakes import dotted, messages, training_mistakes
+from hf_prune.recipe.mistakes import rule_mistakes, schema_mistakes
+from hf_prune.recipe.overrides import override_
 from hf_prune.recipe.schema import RecipeDocument
 from hf_prune.recipe.shipped import find_recipe
-from hf_prune.recipe.yaml import Places, read_yaml, scalar
+from hf_prune.recipe.words import dotted, shown
+from hf_prune.recipe.yaml import Document, Mistake, read_yaml, write_yaml
 
 
 FILE_NAME = "recipe.yaml"
@@ -33,18 +35,23 @@ class Recipe(RecipeDocument):
         """
         if isinstance(recipe, Recipe):
             return recipe
-        return cls.from_dict(recipe) if isinstance(recipe, Mapping) else cls.from_yaml(find_recipe(str(recipe)))
+        if isinstance(recipe, Mapping):
+            return cls.from_dict(recipe)
+        if isinstance(recipe, (str, os.PathLike)):
+            return cls.from_yaml(find_recipe(str(recipe)))
+        raise RecipeError(f"a recipe is a Recipe, a mapping or the path of a YAML file, not {shown(recipe)}")
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """From a YAML file, with `key=value` overrides such as `prune.0.sparsity=0.3`."""
-        document, places = read_yaml(path)
-        return cls._checked(apply_overrides(document, overrides), str(path), places)
+        document = read_yaml(path)
+        override_(document, overrides)
+        return cls._checked(document)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Recipe:
         """From a mapping as YAML would give it."""
-        return cls._checked(document, None, {})
+        return cls._checked(Document(document))
 
     @classmethod
     def from_pretrained(cls, directory_or_repo: str | Path, **hub: Any) -> Recipe:
@@ -64,37 +71,33 @@ class Recipe(RecipeDocument):
             ) from error
 
     @classmethod
-    def _checked(cls, document: Any, source: str | None, places: Places) -> Recipe:
-        def where(path: tuple[str | int, ...]) -> str:
-            if source is None:
-                return ""
-            while path and path not in places:
-                path = path[:-1]
-            return f"{source}:{places.get(path, '1:1')}: "
-
-        if not isinstance(document, Mapping):
-            found = "empty" if document is None else f"a {type(document).__name__}"
-            raise RecipeError(f"{source or 'the recipe'} is {found}; expected keys, beginning with version: 1")
-        lines: list[str] = []
+    def _checked(cls, document: Document) -> Recipe:
+        content = document.content
+        if not isinstance(content, Mapping):
+            found = "empty" if content is None else f"a {type(content).__name__}"
+            mistake = Mistake((), f"the recipe is {found}; expected keys, beginning with version: 1")
+            raise RecipeError(_said([*document.mistakes, mistake], document))
+        mistakes = list(document.mistakes)
         recipe = None
         try:
-            recipe = cls.model_validate(document)
+            recipe = cls.model_validate(dict(content))
         except ValidationError as error:
-            lines += messages(error, document, where)
-        training = document.get("training")
-        lines += training_mistakes(training if isinstance(training, Mapping) else None, where)
-        if lines or recipe is None:
-            count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
-            raise RecipeError(f"the recipe has {count}:\n" + "\n".join(f"  {line}" for line in lines))
+            mistakes += schema_mistakes(error)
+        mistakes += rule_mistakes(content)
+        if mistakes or recipe is None:
+            raise RecipeError(_said(mistakes, document))
         return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads again; what is at its default and empty is left out."""
-        return _without_empty(self.model_dump(mode="json"))
+        plain = _without_empty(self.model_dump(mode="json", exclude={"training"}))
+        if self.training is not None:
+            plain["training"] = dict(self.training)  # where null says something
+        return plain
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """As YAML; written to `path` if given, beside it first and then renamed."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        text = write_yaml(self.to_dict())
         if path is not None:
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,40 +110,37 @@ class Recipe(RecipeDocument):
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
         """The JSON Schema that editors use."""
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **RecipeDocument.model_json_schema()}
+        schema = RecipeDocument.model_json_schema()
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "hf_prune recipe"}
 
 
-def apply_overrides(document: Any, overrides: Sequence[str]) -> Any:
-    """A copy of `document` with each `key.path=value` set; list elements by number, and they must exist.
+def _said(mistakes: Sequence[Mistake], document: Document) -> str:
+    """All mistakes, in the order of the file, then those of overrides."""
+    lines: dict[str, tuple[float, int]] = {}
+    for mistake in mistakes:
+        where, order = _where(mistake, document)
+        about = f"{dotted(mistake.path)}: " if mistake.path else ""
+        lines.setdefault(f"{where}{about}{mistake.text}", order or (math.inf, 0))
+    ordered = sorted(lines, key=lines.__getitem__)
+    if len(ordered) == 1:
+        return ordered[0]
+    return f"the recipe has {len(ordered)} mistakes:\n" + "\n".join(f"  {line}" for line in ordered)
 
-    Raises:
-        RecipeError: an override that is no assignment or leads nowhere.
-    """
-    import copy
 
-    document = copy.deepcopy(document)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"{override!r} is no override; expected key=value, such as prune.0.sparsity=0.3")
-        at, path = document, key.split(".")
-        for depth, part in enumerate(path):
-            last = depth == len(path) - 1
-            if isinstance(at, list):
-                if not part.isdigit() or int(part) >= len(at):
-                    raise RecipeError(f"{override!r}: {dotted(tuple(path[:depth]))} has elements 0 to {len(at) - 1}")
-                place: Any = int(part)
-            elif isinstance(at, dict):
-                place = part
-                if not last:
-                    at.setdefault(part, {})
-            else:
-                raise RecipeError(f"{override!r}: {dotted(tuple(path[:depth]))} is {at!r} and has no keys")
-            if last:
-                at[place] = scalar(text)
-            else:
-                at = at[place]
-    return document
+def _where(mistake: Mistake, document: Document) -> tuple[str, tuple[int, int] | None]:
+    """The place of a mistake, as text and for sorting: its own, or that of the nearest key around it."""
+    path, place, origin = mistake.path, mistake.place, mistake.origin
+    while place is None and origin is None:
+        place, origin = document.places.get(path), document.origins.get(path)
+        if not path:
+            break
+        path = path[:-1]
+    if origin is not None:
+        return f"override {origin!r}: ", None
+    if document.source is None:
+        return "", None
+    place = place or (1, 1)
+    return f"{document.source}:{place[0]}:{place[1]}: ", place
 
 
 def _without_empty(value: Any) -> Any:

@@ -1,14 +1,17 @@
-"""From Pydantic's errors to one message a mistake: place, value, what is allowed, the nearest known key."""
+"""One message a mistake: key, value, what is allowed, the nearest known key."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hf_prune.recipe.schema import NOT_YET, RecipeDocument
+from hf_prune.recipe.rules import step_mistakes
+from hf_prune.recipe.schema import RecipeDocument
+from hf_prune.recipe.training import training_mistakes
+from hf_prune.recipe.words import NOT_YET, nearest, shown
+from hf_prune.recipe.yaml import KeyPath, Mistake
 
 
 # What the language knows and this version does not: (last key, value or None for any).
@@ -22,74 +25,81 @@ LATER: tuple[tuple[str, Any], ...] = (
     ("compensation", "linear"),
     ("shrink", "when_final"),
 )
+# Pydantic's kinds of mistakes in our words; braces are filled from its context
+_TEXTS = {
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+    "string_type": "expected text; put it in quotes",
+    "tuple_type": "expected a list, such as [{0}]",
+    "dict_type": "expected keys with values",
+    "finite_number": "expected a finite number",
+    "greater_than": "expected more than {gt}",
+    "greater_than_equal": "expected {ge} or more",
+    "less_than": "expected less than {lt}",
+    "less_than_equal": "expected at most {le}",
+    "too_short": "expected at least {min_length}",
+}
 
-# Fields of TrainingArguments that a recipe has a place of its own for.
-SAID_ELSEWHERE = {"output_dir": "output.dir", "push_to_hub": "output.push_to_hub", "hub_model_id": "output.repo_id"}
 
-
-def messages(error: ValidationError, document: Any, where: Any) -> list[str]:
-    """One line a mistake. `where(path)` gives the place of a key path, such as `recipe.yaml:3:5: `."""
-    lines = []
+def schema_mistakes(error: ValidationError) -> Iterator[Mistake]:
+    """What Pydantic found, key by key."""
     for mistake in error.errors(include_url=False):
-        path = tuple(mistake["loc"])
+        path: KeyPath = tuple(mistake["loc"])
         if mistake["type"] == "too_short" and mistake["input"]:
             continue  # Pydantic counts broken elements as missing; they have messages of their own
         for text in _texts(mistake, path):
-            lines.append(f"{where(path)}{dotted(path)}: {text}")
-    return lines
+            yield Mistake(path, text)
 
 
-def training_mistakes(training: Mapping[str, Any] | None, where: Any) -> Iterator[str]:
-    """Keys of `training` that `transformers.TrainingArguments` has not."""
-    if not training:
-        return
-    from dataclasses import fields
-
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments) if field.init} - SAID_ELSEWHERE.keys()
-    for name in training:
-        path = ("training", name)
-        if name in SAID_ELSEWHERE:
-            yield f"{where(path)}training.{name}: say it as {SAID_ELSEWHERE[name]}"
-        elif name not in known:
-            yield f"{where(path)}training.{name}: no field of TrainingArguments{_suggestion(name, known)}"
+def rule_mistakes(document: Mapping[str, Any]) -> Iterator[Mistake]:
+    """What is wrong between the keys of a step, and in `training`."""
+    steps = document.get("prune")
+    for number, step in enumerate(steps if isinstance(steps, (list, tuple)) else ()):
+        if isinstance(step, Mapping):
+            for key, text in step_mistakes(step):
+                yield Mistake(("prune", number, key) if key else ("prune", number), text)
+    training = document.get("training")
+    if isinstance(training, Mapping):
+        for key, text in training_mistakes(training):
+            yield Mistake(("training", key), text)
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
-    return ".".join(str(part) for part in path) or "recipe"
-
-
-def _texts(mistake: Any, path: tuple[str | int, ...]) -> Iterator[str]:
+def _texts(mistake: Any, path: KeyPath) -> Iterator[str]:
     kind, value, context = mistake["type"], mistake["input"], mistake.get("ctx", {})
     name = path[-1] if path else ""
     if any(name == key and (late is None or late == value) for key, late in LATER):
         yield f"{value!r} {NOT_YET}" if kind != "extra_forbidden" else f"the key {NOT_YET}"
-    elif kind == "extra_forbidden":
+    elif kind in ("extra_forbidden", "invalid_key"):
         known = _known_keys(path[:-1])
-        yield f"unknown key; known here: {', '.join(known)}{_suggestion(str(name), known)}"
+        yield f"unknown key; known here: {', '.join(known)}{nearest(str(name), known)}"
     elif kind == "missing":
-        yield "this key is required"
+        yield "this key is required" + ("; write version: 1" if path == ("version",) else "")
     elif kind == "literal_error":
         allowed = context["expected"].replace(" or ", ", ")
-        near = _suggestion(str(value), [word.strip("'") for word in allowed.split(", ")])
-        yield f"{value!r} is not allowed; expected one of {allowed}{near}"
+        near = nearest(str(value), [word.strip("'") for word in allowed.split(", ")])
+        yield f"{shown(value)} is not allowed; expected one of {allowed}{near}"
     elif kind == "value_error":
         for line in str(context["error"]).split("\n"):
             # a whole section's value would drown the message
-            yield line if isinstance(value, (Mapping, BaseModel)) else f"{value!r}: {line}"
+            yield line if isinstance(value, (Mapping, BaseModel)) else f"{shown(value)}: {line}"
+    elif kind.startswith("model_"):
+        yield f"{shown(value)}: expected a section with the keys {', '.join(_known_keys(path))}"
     else:
-        text = mistake["msg"]
-        yield f"{value!r}: {text[0].lower()}{text[1:]}"
+        text = _TEXTS[kind].format(shown(value), **context) if kind in _TEXTS else mistake["msg"]
+        if kind in ("int_type", "float_type") and isinstance(value, str) and value[:1].isdigit():
+            text += ", in plain digits without quotes"
+        if kind == "bool_type" and value in ("yes", "no", "on", "off"):
+            text += f"; {value} is only a word here"
+        yield f"{shown(value)}: {text}"
 
 
-def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+def _known_keys(path: KeyPath) -> list[str]:
     """The keys of the section at `path`."""
     section: Any = RecipeDocument
     for part in path:
-        if isinstance(part, int):
-            continue
-        section = _section_of(section, part)
+        if not isinstance(part, int):
+            section = _section_of(section, part)
     return list(section.model_fields) if section is not None else []
 
 
@@ -105,8 +115,3 @@ def _types(annotation: Any) -> Iterator[Any]:
     yield annotation
     for argument in getattr(annotation, "__args__", ()):
         yield from _types(argument)
-
-
-def _suggestion(word: str, known: Any) -> str:
-    near = get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
 from hf_prune.recipe.fields import (
+    Count,
     Criterion,
     CriterionField,
     Pattern,
@@ -15,13 +16,19 @@ from hf_prune.recipe.fields import (
     SparsityField,
     UnitsField,
     VersionField,
-    Whole,
+    whole,
 )
 from hf_prune.recipe.rules import step_schema
+from hf_prune.recipe.training import REFUSED, SAID_ELSEWHERE
 
 
 Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
-LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
+# the keys are those of the installed Transformers, which JSON Schema can't say; `training_mistakes` checks them
+TrainingField = Annotated[
+    dict[str, Any] | None,
+    WithJsonSchema({"type": ["object", "null"], "properties": dict.fromkeys((*SAID_ELSEWHERE, *REFUSED), False)}),
+]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(whole)]  # NumPy takes no larger one
 
 
 class Threshold(Section):
@@ -41,7 +48,7 @@ class Schedule(Section):
     name: Literal["one_shot", "linear", "cubic", "constant"] = "cubic"
     begin: float = Field(0.1, ge=0, le=1)
     end: float = Field(0.6, ge=0, le=1)
-    updates: Whole = Field(20, ge=1)
+    updates: Count = 20
     shrink: Literal["at_end", "never"] = "at_end"
 
     @model_validator(mode="after")
@@ -58,9 +65,9 @@ class Schedule(Section):
 class Calibration(Section):
     """The data that criteria look at: how many samples, their length in tokens, how many at a time."""
 
-    samples: Whole = Field(128, ge=1)
-    length: Whole = Field(512, ge=1)
-    batch_size: Whole = Field(8, ge=1)
+    samples: Count = 128
+    length: Count = 512
+    batch_size: Count = 8
 
 
 class Step(Section):
@@ -77,8 +84,8 @@ class Step(Section):
     scope: Literal["output", "layer", "global"] = "layer"
     normalize: Literal["auto", "none", "mean", "max"] = "auto"
     uniform: bool = False
-    round_to: Whole = Field(1, ge=1)
-    min_keep: Whole = Field(1, ge=1)
+    round_to: Count = 1
+    min_keep: Count = 1
     max_sparsity: float = Field(1.0, gt=0, le=1)
     include: tuple[str, ...] = Field((), strict=False)
     exclude: tuple[str, ...] = Field((), strict=False)
@@ -129,9 +136,9 @@ class DataSection(Section):
     text_column: str = "text"
     label_column: str = "label"
     image_column: str = "image"
-    max_length: Whole = Field(128, ge=1)
-    max_train_samples: Whole | None = Field(None, ge=1)
-    max_eval_samples: Whole | None = Field(None, ge=1)
+    max_length: Count = 128
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
     test_size: float = Field(0.2, gt=0, lt=1)
 
 
@@ -150,11 +157,11 @@ class RecipeDocument(Section):
     version: VersionField
     name: str | None = None
     description: str | None = None
-    seed: Whole = Field(0, ge=0, le=LARGEST_SEED)
+    seed: Seed = 0
     model: ModelSection | None = None
     data: DataSection | None = None
     output: OutputSection | None = None
-    training: dict[str, Any] | None = None
+    training: TrainingField = None
     prune: tuple[Step, ...] = Field(min_length=1, strict=False)
     schedule: Schedule = Field(default_factory=Schedule)
     calibration: Calibration = Field(default_factory=Calibration)

@@ -1,0 +1,195 @@
+"""Keys that are written in more than one way: as a number or a section, as a name or with options."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from hf_prune.recipe.vocabulary import CRITERIA, LATER_CRITERIA
+from hf_prune.recipe.words import NOT_YET, nearest, shown
+
+
+# type of a criterion's option in JSON Schema -> what Python has for it, and how to say it
+_OPTION_TYPES: dict[str, tuple[type, str]] = {"integer": (int, "a whole number")}
+
+
+class Section(BaseModel):
+    """Closed, unchanging, and strict: no word becomes a number, no number a truth value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ParameterBudget(Section):
+    """The model's parameters shrink by this fraction."""
+
+    parameters: float = Field(gt=0, lt=1)
+
+
+class MacBudget(Section):
+    """The model's MACs shrink by this fraction."""
+
+    macs: float = Field(gt=0, lt=1)
+
+
+class Criterion(Section):
+    """A criterion's name and options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Pattern(Section):
+    """Which entries of a weight leave together: single ones, all but n of every m, or blocks (outputs, inputs)."""
+
+    kind: Literal["unstructured", "n_m", "block"]
+    n: int | None = None
+    m: int | None = None
+    block: tuple[int, int] | None = None
+
+
+def whole(value: Any) -> Any:
+    """8.0 is a whole number too, as JSON Schema has it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(whole(value), int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _version(value: Any) -> Any:
+    if isinstance(value, bool) or value != 1:
+        raise ValueError("expected 1, the version of the recipe language that this hf_prune reads")
+    return 1
+
+
+def parse_sparsity(value: Any) -> Any:
+    if value is None or isinstance(value, (ParameterBudget, MacBudget)):
+        return value
+    if is_number(value):
+        if not 0 <= value < 1:
+            raise ValueError("expected a fraction from 0 to below 1")
+        return float(value)
+    if isinstance(value, Mapping) and len(value) == 1 and set(value) <= {"parameters", "macs"}:
+        ((name, fraction),) = value.items()
+        if not is_number(fraction) or not 0 < fraction < 1:
+            raise ValueError(f"{name}: expected a fraction between 0 and 1")
+        return ParameterBudget(parameters=fraction) if name == "parameters" else MacBudget(macs=fraction)
+    raise ValueError("expected a fraction, {parameters: fraction} or {macs: fraction}")
+
+
+def parse_criterion(value: Any) -> Any:
+    if value is None or isinstance(value, Criterion):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ValueError("expected a criterion's name, or {name: …, option: …}")
+    name, options = value["name"], {key: option for key, option in value.items() if key != "name"}
+    known = ", ".join(CRITERIA)
+    if name in LATER_CRITERIA - CRITERIA.keys():
+        raise ValueError(f"criterion {name!r} {NOT_YET}; known: {known}")
+    if name not in CRITERIA:
+        raise ValueError(f"unknown criterion {name!r}; known: {known}{nearest(name, CRITERIA)}")
+    mistakes, known_options = [], CRITERIA[name].options
+    for option, given in options.items():
+        if option not in known_options:
+            takes = ", ".join(sorted(known_options)) or "no options"
+            mistakes.append(f"criterion {name} takes {takes}; unknown: {option}{nearest(str(option), known_options)}")
+            continue
+        kind, said = _OPTION_TYPES[known_options[option]]
+        options[option] = whole(given)
+        if not isinstance(options[option], kind) or isinstance(given, bool):
+            mistakes.append(f"{option} of criterion {name} is {shown(given)}; expected {said}")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return Criterion(name=name, options=options)
+
+
+def parse_pattern(value: Any) -> Any:
+    if value is None or isinstance(value, Pattern):
+        return value
+    if value == "unstructured":
+        return Pattern(kind="unstructured")
+    if isinstance(value, str) and (match := re.fullmatch(N_M, value)):
+        n, m = int(match[1]), int(match[2])
+        if not n < m:
+            raise ValueError("N:M keeps N of every M: expected 0 < N < M")
+        return Pattern(kind="n_m", n=n, m=m)
+    if isinstance(value, Mapping) and set(value) == {"block"}:
+        block = value["block"]
+        if isinstance(block, (list, tuple)) and len(block) == 2 and all(is_whole(s) and s > 0 for s in block):
+            return Pattern(kind="block", block=(int(block[0]), int(block[1])))
+        raise ValueError("block: expected [rows, columns], two whole numbers from 1 on")
+    raise ValueError('expected unstructured, N:M such as "2:4" (0 < N < M), or {block: [rows, columns]}')
+
+
+def parse_units(value: Any) -> Any:
+    if value is None:
+        return None
+    if _is_units(value):
+        return [int(unit) for unit in value]
+    if isinstance(value, Mapping) and value and all(isinstance(k, str) and _is_units(v) for k, v in value.items()):
+        return {pattern: [int(unit) for unit in units] for pattern, units in value.items()}
+    raise ValueError("expected a list of unit numbers (from 0 on, at least one), or {module glob: [numbers]}")
+
+
+def _is_units(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(is_whole(unit) and unit >= 0 for unit in value)
+
+
+N_M = r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5})"
+_FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+
+
+def _one_of(parse: Any, *ways: dict[str, Any]) -> Any:
+    """A field that `parse` reads and JSON Schema describes as any of `ways`, or null."""
+    return Annotated[Any, BeforeValidator(parse), WithJsonSchema({"anyOf": [*ways, {"type": "null"}]})]
+
+
+def _section(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [*required],
+        "additionalProperties": False,
+    }
+
+
+Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+VersionField = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})]
+SparsityField = _one_of(
+    parse_sparsity,
+    {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+    _section({"parameters": _FRACTION}, "parameters"),
+    _section({"macs": _FRACTION}, "macs"),
+)
+CriterionField = _one_of(
+    parse_criterion,
+    {"enum": list(CRITERIA)},
+    *(
+        _section(
+            {"name": {"const": name}} | {option: {"type": kind} for option, kind in entry.options.items()},
+            "name",
+        )
+        for name, entry in CRITERIA.items()
+    ),
+)
+PatternField = _one_of(
+    parse_pattern,
+    {"const": "unstructured"},
+    {"type": "string", "pattern": f"^{N_M}$"},
+    _section(
+        {"block": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2}},
+        "block",
+    ),
+)
+UnitsField = _one_of(parse_units, _NUMBERS, {"type": "object", "additionalProperties": _NUMBERS, "minProperties": 1})

@@ -1,0 +1,145 @@
+"""Rules between the keys of a step. Each is said twice, for us and in JSON Schema; a test holds the two together.
+
+They look at the step as it was written, so that a mistake in one key doesn't hide those between others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hf_prune.recipe.fields import (
+    N_M,
+    Criterion,
+    MacBudget,
+    ParameterBudget,
+    Pattern,
+    is_number,
+    parse_criterion,
+    parse_pattern,
+    parse_sparsity,
+)
+from hf_prune.recipe.vocabulary import CRITERIA, EVERY_TARGET
+
+
+AMOUNTS = ("sparsity", "threshold", "remove")
+# keys that mean nothing for single weights, with their defaults
+OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
+_WHY_NOT = {
+    MacBudget: "{macs: …} is for layers, heads and neurons: zeros in a dense weight save no operation",
+    ParameterBudget: "{parameters: …} is for layers, heads and neurons: zeros in a weight stay parameters",
+}
+
+
+def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for every rule that a step, as written, breaks; values that can't be read are passed over."""
+    target, scope = step.get("target"), step.get("scope", "layer")
+    given = [name for name in AMOUNTS if step.get(name) is not None]
+    sparsity, criterion, pattern = (
+        _parsed(parse, step.get(name))
+        for name, parse in (("sparsity", parse_sparsity), ("criterion", parse_criterion), ("pattern", parse_pattern))
+    )
+    is_n_m = isinstance(pattern, Pattern) and pattern.kind == "n_m"
+    if is_n_m and given:
+        yield given[0], f"pattern {step['pattern']} says the sparsity already; drop {', '.join(given)}"
+    elif not is_n_m and len(given) != 1:
+        key = given[1] if given else ""
+        yield key, f"expected exactly one of {', '.join(AMOUNTS)}; found {', '.join(given) or 'none'}"
+    if target == "weights":
+        if step.get("remove") is not None:
+            yield "remove", "is for layers, heads and neurons; weights leave by sparsity, threshold or N:M"
+        if type(sparsity) in _WHY_NOT:
+            yield "sparsity", _WHY_NOT[type(sparsity)]
+        for key, default in OF_UNITS.items():
+            if key in step and step[key] != default:
+                yield key, "is for layers, heads and neurons, not single weights; drop it"
+    elif isinstance(target, str):
+        if step.get("pattern") is not None:
+            yield "pattern", f"is for target weights, not {target}"
+        if scope == "output":
+            yield "scope", f"output is for target weights, not {target}; use layer or global"
+        if isinstance(step.get("remove"), (list, tuple)) and target != "layers":
+            yield "remove", 'of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
+    if step.get("uniform") is True and target != "weights":
+        if target == "layers":
+            yield "uniform", "is for heads and neurons; layers are of one size already"
+        if scope == "global":
+            yield "uniform", "asks for equal sites and scope global lets them differ; drop one"
+        if given and not (given == ["sparsity"] and (is_number(sparsity) or sparsity is None)):
+            yield "uniform", f"goes with a plain sparsity such as 0.5, not with {', '.join(given)}"
+    if isinstance(criterion, Criterion) and isinstance(target, str):
+        defined = CRITERIA[criterion.name].targets
+        if target in EVERY_TARGET - defined:
+            yield "criterion", f"{criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}"
+    schedule = step.get("schedule")
+    if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
+        yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
+
+
+def _parsed(parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError:
+        return None
+
+
+def step_schema() -> dict[str, Any]:
+    """The same rules in JSON Schema."""
+    no_amount = {"not": {"anyOf": [_given(name) for name in AMOUNTS]}}
+    return {
+        "allOf": [
+            {
+                "if": _is("pattern", {"type": "string", "pattern": f"^{N_M}$"}),
+                "then": no_amount,
+                "else": {"oneOf": [_given(name) for name in AMOUNTS]},
+            },
+            {
+                "if": _is("target", {"const": "weights"}),
+                "then": _where(
+                    remove={"type": "null"},
+                    sparsity={"type": ["number", "null"]},
+                    **{key: {"const": default} for key, default in OF_UNITS.items()},
+                ),
+                "else": _where(pattern={"type": "null"}, scope={"not": {"const": "output"}}),
+            },
+            {
+                "if": _is("target", {"enum": ["ffn_neurons", "attention_heads"]}),
+                "then": _where(remove={"not": {"type": "array"}}),
+            },
+            {
+                "if": _is("uniform", {"const": True}),
+                "then": {
+                    "required": ["sparsity"],
+                    **_where(
+                        target={"not": {"const": "layers"}},
+                        sparsity={"type": "number"},
+                        scope={"not": {"const": "global"}},
+                    ),
+                },
+            },
+            *(
+                {"if": _is("target", {"enum": sorted(lacking)}), "then": {"not": _is("criterion", _named(name))}}
+                for name, entry in CRITERIA.items()
+                if (lacking := EVERY_TARGET - entry.targets)
+            ),
+            _where(schedule=_where(shrink={"const": "at_end"})),
+        ]
+    }
+
+
+def _where(**properties: Any) -> dict[str, Any]:
+    """These keys, where they are there."""
+    return {"properties": properties}
+
+
+def _is(key: str, schema: Any) -> dict[str, Any]:
+    """This key is there, and so."""
+    return {"required": [key], "properties": {key: schema}}
+
+
+def _given(key: str) -> dict[str, Any]:
+    return _is(key, {"not": {"type": "null"}})
+
+
+def _named(criterion: str) -> dict[str, Any]:
+    return {"anyOf": [{"const": criterion}, {"type": "object", **_is("name", {"const": criterion})}]}
