@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.allocation import UnitCost, choose_units, choose_weights, select_sites
+from hf_prune.allocation import choose_units, choose_weights, select_sites
 from hf_prune.apply.masks import masked_entries, masks_of, set_masks
 from hf_prune.apply.present import dropped_blocks, is_inside, present_entries
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
@@ -26,7 +26,7 @@ from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import Totals, build_report, first_sample, measure_totals
 from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites
-from hf_prune.structure.cost import unit_macs, unit_parameters
+from hf_prune.structure.cost import UnitCosts, mac_costs, parameter_costs
 from hf_prune.structure.inputs import example_inputs
 
 
@@ -124,7 +124,7 @@ class _StepPlanner:
                 eligible,
                 gone,
                 progress=progress,
-                cost=self._cost(sites),
+                costs=self._costs(),
                 loss_units=bool(self.criterion and self.criterion.loss_units),
                 allowed_sizes=(lambda group: allowed_sizes(self.model, group)) if self.step.uniform else None,
             )
@@ -163,20 +163,18 @@ class _StepPlanner:
         present = present_entries(self.structure, self.kept, site)
         return present & self.kept.weights[site.name] if site.name in self.kept.weights else present
 
-    def _cost(self, sites: Sequence[Site]) -> UnitCost | None:
-        budget = self.step.sparsity
+    def _costs(self) -> UnitCosts | None:
+        budget, there = self.step.sparsity, self.kept.units
         if hasattr(budget, "parameters"):
-            return UnitCost(
-                float(self.structure.n_parameters), {site.key: unit_parameters(self.model, site) for site in sites}
-            )
+            return parameter_costs(self.model, self.structure, there)
         if hasattr(budget, "macs"):
-            length = self.recipe.calibration.length
-            total = sum(
-                unit_macs(self.model, site, length) * site.n_units
-                for site in self.structure
-                if site.target != "layers"
-            )
-            return UnitCost(total, {site.key: unit_macs(self.model, site, length) for site in sites})
+            try:
+                sample = example_inputs(self.model, batch_size=1, length=self.recipe.calibration.length)
+            except UnsupportedModelError:
+                if not self.batches:
+                    raise
+                sample = first_sample(verification_batches(self.model, self.batches, "")[0]) or {}
+            return mac_costs(self.model, self.structure, there, sample)
         return None
 
 

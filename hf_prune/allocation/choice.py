@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -24,14 +24,6 @@ class Choice:
     keep: dict[str, Tensor]
     notes: list[str] = field(default_factory=list)
     n_near_ties: int = 0
-
-
-@dataclass(frozen=True)
-class UnitCost:
-    """What removal saves: `total` of the model, and of one unit by site key, in parameters or MACs."""
-
-    total: float
-    per_unit: Mapping[str, float]
 
 
 def select_sites(step: Any, sites: Sequence[AnySite]) -> list[AnySite]:

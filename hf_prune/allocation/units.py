@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prune.allocation.choice import Choice, UnitCost
+from hf_prune.allocation.choice import Choice
 from hf_prune.errors import RecipeError
+from hf_prune.structure.cost import UnitCosts
 from hf_prune.structure.sites import Site
 
 
@@ -26,7 +27,7 @@ def choose_units(
     removed_before: Mapping[str, Tensor],
     *,
     progress: float,
-    cost: UnitCost | None = None,
+    costs: UnitCosts | None = None,
     loss_units: bool = False,
     allowed_sizes: Callable[[Sequence[Site]], Sequence[int]] | None = None,
 ) -> Choice:
@@ -39,7 +40,7 @@ def choose_units(
         eligible: by site key, True where a unit was there when the step began.
         removed_before: by site key, True where an earlier update of this step removed a unit; it stays out.
         progress: the part of the final sparsity to reach now, in (0, 1].
-        cost: what a unit saves, for a budget.
+        costs: of the model and its units as the step finds them, for a budget.
         loss_units: scores compare between sites as they are.
         allowed_sizes: for `uniform`: the kept sizes that the stock config can say for these sites.
 
@@ -59,18 +60,21 @@ def choose_units(
     choice = Choice({})
     if step.uniform:
         wanted = _uniform_counts(step, sites, eligible, progress, allowed_sizes, limits)
-    budget = cost.total * progress * _fraction(step.sparsity) if cost is not None else None
-    if cost is not None and budget is not None:
-        _check_reachable(step, sites, cost, limits, budget)
+    budget, owed = 0.0, 0.0
+    if costs is not None:
+        budget = costs.total * _fraction(step.sparsity)
+        most = {site.key: _dearest(costs.per_unit[site.key][eligible[site.key]], limits[site.key]) for site in sites}
+        _check_reachable(step, sites, costs, most, budget)
     for pool in pools:
         ranking = _Ranking(pool, normalised, eligible, before, limits)
         if step.uniform:
             choice.keep |= ranking.keep_masks([wanted[site.key] for site in pool])
             continue
-        if cost is not None and budget is not None:
-            saved = sum(cost.per_unit[site.key] * limits[site.key] for site in pool)
-            everything = sum(cost.per_unit[site.key] * limits[site.key] for site in sites)
-            counts = ranking.counts_for_cost(cost, budget * saved / everything if everything else 0.0)
+        if costs is not None:
+            # each site its share; what one saved too little or too much is made up for by the next
+            owed += progress * budget * sum(most[site.key] for site in pool) / (sum(most.values()) or 1.0)
+            counts, saved = ranking.counts_for_cost(costs, owed)
+            owed -= saved
         elif step.threshold is not None:
             raw = {site.key: scores[site.key].float() for site in pool}
             n_below = _n_below(step.threshold, pool, raw, eligible)
@@ -122,18 +126,18 @@ class _Ranking:
                 n_removed -= 1
         return counts
 
-    def counts_for_cost(self, cost: UnitCost, budget: float) -> list[int]:
-        """As few as save `budget`, or one fewer if that is nearer."""
+    def counts_for_cost(self, costs: UnitCosts, budget: float) -> tuple[list[int], float]:
+        """As few as save `budget`, or one fewer if that is nearer; and what they save."""
         counts, saved = [0] * len(self.pool), 0.0
-        for owner in self.owner:
+        for owner, unit in zip(self.owner, self.unit, strict=True):
             if counts[owner] >= max(self.limits[owner], self.before[owner]):
                 continue
-            price = cost.per_unit[self.pool[owner].key]
+            price = float(costs.per_unit[self.pool[owner].key][unit])
             if counts[owner] >= self.before[owner] and saved + price / 2 > budget:
                 break
             counts[owner] += 1
             saved += price
-        return counts
+        return counts, saved
 
     def keep_masks(self, counts: Sequence[int]) -> Masks:
         """Of each site the `counts` first to leave."""
@@ -173,12 +177,24 @@ def _fraction(budget: Any) -> float:
     return budget.parameters if hasattr(budget, "parameters") else budget.macs
 
 
-def _check_reachable(step: Any, sites: Sequence[Site], cost: UnitCost, limits: Mapping, budget: float) -> None:
-    most = sum(cost.per_unit[site.key] * limits[site.key] for site in sites)
-    if budget > most * 1.005:
+def _kind(budget: Any) -> str:
+    return "parameters" if hasattr(budget, "parameters") else "MACs"
+
+
+def _dearest(prices: Tensor, n: int) -> float:
+    """What the `n` units that save most would save."""
+    return float(prices.sort(descending=True).values[:n].sum())
+
+
+def _check_reachable(
+    step: Any, sites: Sequence[Site], costs: UnitCosts, most: Mapping[str, float], budget: float
+) -> None:
+    unit = max(float(costs.per_unit[site.key].max()) for site in sites)
+    if budget > sum(most.values()) + unit / 2:
         raise RecipeError(
-            f"{step.target} can save at most {most / cost.total:.1%} of the model's {cost.total:,.0f}, but "
-            f"{budget / cost.total:.1%} is asked for; lower it, or let another target leave too"
+            f"{step.target} can save at most {sum(most.values()) / costs.total:.1%} of the {costs.total:,.0f} "
+            f"{_kind(step.sparsity)} that are there, but {budget / costs.total:.1%} is asked for; lower it, or let another "
+            "target leave too"
         )
 
 

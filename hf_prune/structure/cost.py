@@ -1,15 +1,33 @@
-"""What a model costs: parameters, and multiply-accumulate operations (MACs)."""
+"""What a model costs, and what each unit of it does: parameters, and multiply-accumulate operations (MACs).
+
+Axes: B samples, H heads, Q and K positions of queries and keys, d entries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_prune.structure.sites import Site
+from hf_prune.structure.layouts import OWNED_BY_FIRST_BLOCK
+from hf_prune.structure.naming import is_linear
+from hf_prune.structure.sites import ModelStructure, Site
+
+
+UnitMasks = Mapping[str, Tensor]  # by site key, bool (n_units,): True is still there
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """What is there: `total` of the model, and of each unit by site key, float64 (n_units,)."""
+
+    total: float
+    per_unit: Mapping[str, Tensor]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -22,48 +40,155 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Any]) -> int:
 
     Counts matrix products, convolutions and attention; not norms, activations and softmax.
     """
-    was_training = model.training
+    return int(_macs_by_module(model, inputs)[""])
+
+
+def parameter_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks) -> UnitCosts:
+    """Parameters of the model and of each unit, without the units that are no longer `there`.
+
+    A shared block costs nothing: fewer calls leave its parameters where they are.
+    """
+    sizes = _Present(structure, there)
+    per_unit = {}
+    for site in structure:
+        if site.target != "layers":
+            per_unit[site.key] = _same(site, sum(sizes.of_unit(model, site)))
+        elif site.is_shared:
+            per_unit[site.key] = _same(site, 0)
+        else:
+            held = [sum(sizes.of_tensor(*named) for named in _block_parameters(model, block)) for block in site.blocks]
+            per_unit[site.key] = torch.tensor(held, dtype=torch.float64)
+    return UnitCosts(sum(sizes.of_tensor(*named) for named in model.named_parameters()), per_unit)
+
+
+def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inputs: Mapping[str, Any]) -> UnitCosts:
+    """MACs on `inputs` of the model and of each unit, without the units that are no longer `there`.
+
+    A matrix product's MACs belong to the entries of its weight alike; all else that an attention computes, to its
+    heads; a layer's are those of its block, at each call.
+    """
+    counted = _macs_by_module(model, inputs)
+    calls = _calls_kept(structure, there)  # of each block, what part of its calls
+    total = counted[""] - sum(counted.get(block, 0) * (1 - kept) for block, kept in calls.items())
+    for block, kept in calls.items():
+        inside = [name for name in counted if name == block or name.startswith(f"{block}.")]
+        counted |= {name: counted[name] * kept for name in inside}
+    sizes = _Present(structure, there)
+    parts = {
+        site.key: [*_products(model, site, sizes, counted), *_mixing(model, site, counted)]
+        for site in structure
+        if site.target != "layers"
+    }
+    n_gone = {key: int((~keep).sum()) for key, keep in there.items() if key in parts}
+
+    def left(path: str) -> float:
+        """What has left the inside of a module."""
+        return sum(n * macs for key, n in n_gone.items() for name, macs in parts[key] if f"{name}.".startswith(path))
+
+    per_unit = {key: _same(structure[key], sum(macs for _, macs in of_site)) for key, of_site in parts.items()}
+    for site in structure.of("layers"):
+        by_call = [
+            (counted.get(block, 0) - left(f"{block}.")) / (calls.get(block, 1) * site.blocks.count(block) or 1)
+            for block in site.blocks
+        ]
+        per_unit[site.key] = torch.tensor(by_call, dtype=torch.float64)
+    return UnitCosts(total - left(""), per_unit)
+
+
+def _products(
+    model: nn.Module, site: Site, sizes: _Present, counted: Mapping[str, float]
+) -> Iterator[tuple[str, float]]:
+    """For each linear layer of a site, its name and the MACs of one unit in it."""
+    for piece, entries in zip(site.slices, sizes.of_unit(model, site), strict=True):
+        if piece.tensor == "weight" and is_linear(model.get_submodule(piece.module)):
+            yield piece.module, counted.get(piece.module, 0) * entries / model.get_parameter(piece.name).numel()
+
+
+def _mixing(model: nn.Module, site: Site, counted: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """For each attention of a site, its name and the MACs of one unit outside its linear layers."""
+    for name, module in model.named_modules():
+        if site.target == "attention_heads" and fnmatchcase(name, site.name):
+            products = sum(
+                counted.get(f"{name}.{path}", 0) for path, inner in module.named_modules() if is_linear(inner)
+            )
+            yield name, (counted.get(name, 0) - products) / site.n_units
+
+
+class _Present:
+    """Sizes of tensors once the units that aren't there have left."""
+
+    def __init__(self, structure: ModelStructure, there: UnitMasks):
+        self._dropped = tuple(f"{block}." for block, kept in _calls_kept(structure, there).items() if not kept)
+        self._gone: dict[tuple[str, int], int] = {}
+        for key, keep in there.items():
+            for piece in structure[key].slices:
+                n_entries = int((~keep).sum()) * piece.entries_per_unit
+                self._gone[piece.name, piece.dim] = self._gone.get((piece.name, piece.dim), 0) + n_entries
+
+    def of_tensor(self, name: str, tensor: Tensor, without: int | None = None) -> int:
+        """The number of entries; of one along the dimension `without`. None in a layer that has left."""
+        if name.startswith(self._dropped) and not _is_handed_on(name):
+            return 0
+        size = 1
+        for dim, length in enumerate(tensor.shape):
+            if dim != without:
+                size *= length - self._gone.get((name, dim), 0)
+        return size
+
+    def of_unit(self, model: nn.Module, site: Site) -> list[int]:
+        """For each slice, how many entries of its tensor one unit holds."""
+        return [
+            self.of_tensor(piece.name, model.get_parameter(piece.name), piece.dim) * piece.entries_per_unit
+            for piece in site.slices
+        ]
+
+
+def _calls_kept(structure: ModelStructure, there: UnitMasks) -> dict[str, float]:
+    """For each block of a stack that lost layers, what part of its calls is left."""
+    kept: dict[str, list[bool]] = {}
+    for site in structure.of("layers"):
+        for block, is_kept in zip(site.blocks, there[site.key].tolist(), strict=True) if site.key in there else ():
+            kept.setdefault(block, []).append(is_kept)
+    return {block: sum(calls) / len(calls) for block, calls in kept.items()}
+
+
+def _block_parameters(model: nn.Module, block: str) -> Iterator[tuple[str, Tensor]]:
+    """What leaves with a block: not what it hands on to the next."""
+    for name, parameter in model.get_submodule(block).named_parameters(f"{block}"):
+        if not _is_handed_on(name):
+            yield name, parameter
+
+
+def _is_handed_on(name: str) -> bool:
+    return any(f".{owned}." in name for owned, _ in OWNED_BY_FIRST_BLOCK)
+
+
+def _macs_by_module(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """MACs of each module in one forward pass, those of its children in; the model's own under the empty name."""
+    training = {module: module.training for module in model.modules()}
+    # without gradients by detached parameters: the counter stumbles over those that want one under `no_grad`
+    detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(**inputs)
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_PYTORCH) as counter:
+            torch.func.functional_call(model, detached, (), dict(inputs))
     finally:
-        model.train(was_training)
-    return counter.get_total_flops() // 2
+        for module, was_training in training.items():
+            module.training = was_training
+    root = f"{type(model).__name__}."
+    counts = {name: sum(by_operation.values()) / 2 for name, by_operation in counter.get_flop_counts().items()}
+    return {name.removeprefix(root): n for name, n in counts.items()} | {"": counter.get_total_flops() / 2}
 
 
-def unit_parameters(model: nn.Module, site: Site) -> float:
-    """Parameters that leave with one unit of `site`. Layers of a stack may differ: their mean."""
-    if site.target == "layers":
-        blocks = dict.fromkeys(site.blocks)
-        held = sum(p.numel() for block in blocks for p in model.get_submodule(block).parameters())
-        return 0.0 if site.is_shared else held / site.n_units
-    return float(sum(_entries(model, site)))
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """(B, H, Q, d) with (B, ., K, d) and (B, ., K, d): scores and mixing."""
+    samples, heads, positions, width = query
+    return 2 * samples * heads * positions * key[-2] * (width + value[-1])
 
 
-def unit_macs(model: nn.Module, site: Site, length: int) -> float:
-    """Estimated MACs that leave with one unit of `site`, for each position of a sequence of `length` tokens.
-
-    A weight matrix costs one MAC an entry and position; a head also 2 * d_head * length for scores and mixing.
-    """
-    if site.target == "layers":
-        held = sum(p.numel() for block in site.blocks for p in model.get_submodule(block).parameters() if p.dim() > 1)
-        widths = [
-            module.out_features
-            for block in site.blocks
-            for module in model.get_submodule(block).modules()
-            if isinstance(module, nn.Linear) and module.out_features == module.in_features
-        ]
-        return (held + 2 * length * (max(widths, default=0)) * len(site.blocks)) / site.n_units
-    entries = sum(n for n, piece in zip(_entries(model, site), site.slices, strict=True) if piece.tensor == "weight")
-    mixing = sum(2 * length * read.span.width for read in site.reads) if site.target == "attention_heads" else 0
-    return float(entries + mixing)
+# PyTorch 2.13 counts the attention kernels of GPUs only.
+_NOT_COUNTED_BY_PYTORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
-def _entries(model: nn.Module, site: Site) -> list[int]:
-    """For each slice, how many entries of the tensor one unit holds."""
-    counts = []
-    for piece in site.slices:
-        tensor = getattr(model.get_submodule(piece.module), piece.tensor)
-        counts.append(tensor.numel() // tensor.shape[piece.dim] * piece.entries_per_unit)
-    return counts
+def _same(site: Site, cost: float) -> Tensor:
+    return torch.full((site.n_units,), float(cost), dtype=torch.float64)
