@@ -21,7 +21,7 @@ from hf_prune.calibration import collect
 from hf_prune.checkpoint import Verdict, allowed_sizes, settle_config_
 from hf_prune.criteria import get as get_criterion
 from hf_prune.errors import CalibrationError, PruneError, UnsupportedModelError
-from hf_prune.plan import KeepMasks, PruningPlan
+from hf_prune.plan import KeepMasks, PruningPlan, made_for
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import Totals, build_report, first_sample, measure_totals
@@ -68,6 +68,7 @@ def make_plan(
         base=previous.base if previous else masks_of(model),
         recipe=recipe.to_dict(),
         progress=max(progresses),
+        model=made_for(structure),
     )
     for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
         before = previous.steps[number] if previous else KeepMasks()
@@ -184,6 +185,7 @@ def apply_(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         PruneError: the plan was made for another model.
     """
+    plan.require_model(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in plan.replacements.items():
         if name not in parameters or parameters[name].shape != tensor.shape:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_prune.errors import CheckpointError, PruneError
+from hf_prune.structure import ModelStructure
+
+
+FORMAT, VERSION = "hf_prune.plan", 1
+PLAIN, MASKS, REPLACEMENTS = "pruning_plan.json", "pruning_plan.safetensors", "pruning_replacements.safetensors"
 
 
 @dataclass
@@ -55,7 +68,7 @@ class PruningPlan:
 
     `base` holds the masks that were on the model before the recipe's first plan, `steps` one keep-mask set for
     each step, `replacements` new tensors by parameter name (empty unless a method updates weights), `notes` what
-    the user should hear (rounding that could not be met, rules that removed nothing).
+    the user should hear (rounding that could not be met, rules that removed nothing), `model` what it was made for.
     """
 
     steps: list[KeepMasks]
@@ -66,8 +79,184 @@ class PruningPlan:
     notes: list[str] = field(default_factory=list)
     # near-ties: units within float32 rounding of the cut, reported because another machine may choose differently
     n_near_ties: int = 0
+    model: dict[str, Any] | None = None
 
     @property
     def masks(self) -> KeepMasks:
         """Everything kept after this plan."""
         return KeepMasks.all_of([self.base, *self.steps])
+
+    def require_model(self, model: nn.Module) -> None:
+        """Check that the plan was made for a model of these shapes. A plan that doesn't say fits any.
+
+        Raises:
+            PruneError: naming the first weight that differs.
+        """
+        shapes = {name: list(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+        for name, shape in (self.model or {"shapes": {}})["shapes"].items():
+            if shapes.get(name) != shape:
+                found = f"{shapes[name]} here" if name in shapes else "not here"
+                raise PruneError(
+                    f"the plan was made for a {(self.model or {})['class']} whose {name} is {shape}; it is {found}, in "
+                    f"{type(model).__name__}. Apply it to a model of the same sizes, before that is shrunk, or make a new plan"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: all but the tensors, of which it says how many entries are kept of how many."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "recipe": self.recipe,
+            "progress": self.progress,
+            "notes": list(self.notes),
+            "n_near_ties": self.n_near_ties,
+            "model": self.model,
+            "base": _counts(self.base),
+            "steps": [_counts(masks) for masks in self.steps],
+            "replacements": {name: list(tensor.shape) for name, tensor in self.replacements.items()},
+        }
+
+    def mask_tensors(self) -> dict[str, Tensor]:
+        """The masks of `base` and each step under one name each, `part|kind|key`, as they are stored."""
+        parts = {"base": self.base, **{str(number): masks for number, masks in enumerate(self.steps)}}
+        return {
+            f"{part}|{kind}|{key}": keep.clone()  # several may share memory, which the format has no word for
+            for part, masks in parts.items()
+            for kind, group in (("units", masks.units), ("weights", masks.weights))
+            for key, keep in group.items()
+        }
+
+    @classmethod
+    def from_parts(
+        cls, plain: Mapping[str, Any], masks: Mapping[str, Tensor], replacements: Mapping[str, Tensor] | None = None
+    ) -> PruningPlan:
+        """From `to_dict()`, `mask_tensors()` and the replacements.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: they don't fit together.
+        """
+        parts = {part: KeepMasks() for part in ("base", *map(str, range(len(plain["steps"]))))}
+        for name, keep in masks.items():
+            part, kind, key = name.split("|", 2)
+            group = {"units": parts[part].units, "weights": parts[part].weights}[kind]
+            if keep.dtype != torch.bool:
+                raise ValueError(f"the mask {name} is {keep.dtype}; expected torch.bool")
+            group[key] = keep
+        kept = {name: plain[name] for name in ("recipe", "progress", "notes", "n_near_ties", "model")}
+        return cls(base=parts.pop("base"), steps=list(parts.values()), replacements=dict(replacements or {}), **kept)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the plan into `directory`: masks and replacements as safetensors, the rest as JSON, whole or not at all.
+
+        Raises:
+            CheckpointError: writing failed (a full disk); a plan that was there may need saving again.
+        """
+        tensors = {MASKS: self.mask_tensors()}
+        if self.replacements:
+            tensors[REPLACEMENTS] = {name: value.contiguous() for name, value in self.replacements.items()}
+        write_files(Path(directory), PLAIN, self.to_dict(), tensors)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> PruningPlan:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: it isn't there, is damaged, or newer than this package reads.
+        """
+        directory = Path(directory)
+        plain, tensors = read_files(directory, PLAIN, VERSION, (MASKS, REPLACEMENTS))
+        try:
+            if plain["format"] != FORMAT:
+                raise ValueError(f"its format is {plain['format']!r}; expected {FORMAT!r}")
+            plan = cls.from_parts(plain, tensors[MASKS], tensors.get(REPLACEMENTS))
+            if plan.to_dict() != plain:
+                raise ValueError("the masks and replacements beside it are others than it describes")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{directory / PLAIN} is damaged ({type(error).__name__}: {error}). Make the plan again."
+            ) from error
+        return plan
+
+
+def made_for(structure: ModelStructure) -> dict[str, Any]:
+    """Of a model, what a plan for it depends on: its class, and the shape of every weight that can be pruned."""
+    return {
+        "class": structure.model_class,
+        "model_type": structure.model_type,
+        "shapes": {site.name: list(site.shape) for site in structure.weights},
+    }
+
+
+def _counts(masks: KeepMasks) -> dict[str, dict[str, int]]:
+    groups = {**masks.units, **masks.weights}
+    return {key: {"of": keep.numel(), "kept": int(keep.sum())} for key, keep in groups.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_files(
+    directory: Path, plain_name: str, plain: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Write beside, then rename; the JSON last, with a digest of each tensor file, so that it is known what belongs to it.
+
+    Args:
+        directory: made if it isn't there.
+        plain_name: of the JSON file.
+        plain: what goes into it.
+        tensors: by name of the safetensors file.
+
+    Raises:
+        CheckpointError: writing failed.
+    """
+    beside = {name: directory / f".{name}.partial" for name in (*tensors, plain_name)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        digests = {}
+        for name, held in tensors.items():
+            save_file(dict(held), beside[name])
+            digests[name] = _digest(beside[name])
+        beside[plain_name].write_text(json.dumps({**plain, "files": digests}, indent=2), encoding="utf-8")
+        for name, path in beside.items():
+            os.replace(path, directory / name)
+    except (OSError, SafetensorError) as error:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"writing {plain_name} to {directory} failed: {error}. Free some space or choose another directory."
+        ) from error
+
+
+def read_files(
+    directory: Path, plain_name: str, version: int, tensor_names: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What `write_files` wrote: the plain part, and of `tensor_names` the files that belong to it.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of another save than the JSON, or newer than `version`.
+    """
+    path = directory / plain_name
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        digests = plain.pop("files")
+        if type(plain["version"]) is int and plain["version"] > version:
+            raise CheckpointError(f"{path} has version {plain['version']}; this reads {version}. Upgrade hf_prune.")
+        if plain["version"] != version:
+            raise ValueError(f"its version is {plain['version']!r}")
+        tensors = {}
+        for name in [name for name in tensor_names if name in digests]:
+            path = directory / name
+            if _digest(path) != digests[name]:
+                raise ValueError(f"it was changed, or isn't the one that {plain_name} was written with")
+            tensors[name] = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path}; give the directory that it was saved to") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Use another copy of {directory}.") from error
+    return plain, tensors
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from hf_prune.apply import present
 from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
 from hf_prune.errors import CheckpointError
 from hf_prune.pipeline import RecipeLike, apply_, finish_, make_plan, verification_batches
-from hf_prune.plan import KeepMasks, PruningPlan
+from hf_prune.plan import PruningPlan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import first_sample, measure_totals
@@ -152,14 +152,14 @@ class Pruner:
     # resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, recipe and masks: `tensors` by name, the rest plain data."""
-        tensors: dict[str, Tensor] = {}
-        steps = {str(number): masks for number, masks in enumerate(self.plan.steps)} if self.plan else {}
-        parts = {"base": self.plan.base, **steps} if self.plan else {}
-        for part, masks in parts.items():
-            tensors |= {f"{part}|units|{name}": keep for name, keep in masks.units.items()}
-            tensors |= {f"{part}|weights|{name}": keep for name, keep in masks.weights.items()}
-        return {"n_done": self.n_done, "recipe": self.recipe.to_dict(), "planned": bool(self.plan), "tensors": tensors}
+        """Step, recipe and plan: its masks in `tensors` by name, the rest plain data."""
+        plan = self.plan
+        return {
+            "n_done": self.n_done,
+            "recipe": self.recipe.to_dict(),
+            "plan": plan.to_dict() if plan else None,
+            "tensors": plan.mask_tensors() if plan else {},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`: masks go back on the model, whose weights were loaded before.
@@ -175,16 +175,10 @@ class Pruner:
                 + "\nResume with the checkpoint's recipe, or start anew in another output directory."
             )
         self.n_done = int(state["n_done"])
-        if not state["planned"]:
+        if state["plan"] is None:
             return
-        parts: dict[str, KeepMasks] = {
-            part: KeepMasks() for part in ("base", *map(str, range(len(self.recipe.prune))))
-        }
-        for name, keep in state["tensors"].items():
-            part, kind, key = name.split("|", 2)
-            getattr(parts[part], kind)[key] = keep
-        base = parts.pop("base")
-        self.plan = PruningPlan(steps=list(parts.values()), base=base, recipe=mine)
+        # without its replacements: those are in the weights, which were trained since
+        self.plan = PruningPlan.from_parts(state["plan"], state["tensors"])
         apply_(self.model, self.plan)
         self._watch_gradients()
 
