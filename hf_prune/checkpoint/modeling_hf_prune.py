@@ -175,6 +175,12 @@ def set_sizes(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)
 
 
+def _auto_class(config: Any, name: str) -> str | None:
+    """The Auto class for which `auto_map` names class `name` of this file."""
+    places = (getattr(config, "auto_map", None) or {}).items()
+    return next((auto for auto, place in places if isinstance(place, str) and place.endswith(f".{name}")), None)
+
+
 def __getattr__(name: str) -> Any:
     """The stock class `name`, with its modules resized as soon as they are built.
 
@@ -189,6 +195,10 @@ def __getattr__(name: str) -> Any:
     def post_init(self: Any) -> None:
         if getattr(self.config, "hf_prune", None) is not None:
             resize_(self, self.config.hf_prune)
+        if self._auto_class is None:
+            # by this `save_pretrained` sees that the file belongs beside a copy; earlier releases set it only for model
+            # types that they don't know
+            self._auto_class = _auto_class(self.config, name)
         base.post_init(self)
 
     made = type(name, (stock,), {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__})

@@ -52,7 +52,9 @@ def save_staged(save: Callable[..., Any], model: Any, directory: Path, options: 
     if getattr(model.config, "hf_prune", None) is not None:
         refresh_auto_map_(model)
     if not _writes(model, options.get("is_main_process", True)):
-        return save(directory, **options)
+        # called all the same: gathering a sharded model takes every process
+        with tempfile.TemporaryDirectory(prefix="hf_prune-") as scratch:
+            return save(scratch, **options)
     staging = None
     try:
         staging = _staging(directory)
@@ -142,7 +144,7 @@ def check_weights(directory: Path) -> None:
 
 
 def _writes(model: Any, is_main_process: bool) -> bool:
-    """Whether this process writes files: asked of Transformers, where it knows (from 5.2 on)."""
+    """Whether this process writes files: asked of Transformers, where it knows (later releases do)."""
     asked = getattr(model, "should_save_on_this_rank", None)
     return asked(is_main_process) if asked else is_main_process
 

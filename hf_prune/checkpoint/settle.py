@@ -175,7 +175,9 @@ def _build(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
     """The model's class on the meta device; None where the config's own checks refuse."""
     try:
         with torch.device("meta"):
-            return type(model)(copy.deepcopy(config))
+            built = type(model)(copy.deepcopy(config))
+        built.tie_weights()  # Transformers 5.0 leaves this out on the meta device
+        return built
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, AssertionError):
         return None
 
