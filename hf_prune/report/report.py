@@ -134,9 +134,10 @@ class PruningReport:
         for kind, unit in (("metrics", "{}"), ("bytes_on_disk", ""), ("latency_ms", "latency, batch of {} (ms)")):
             values = measured.get(kind, {})
             if kind == "bytes_on_disk" and values:
-                rows.append(("bytes on disk", values["dense"], values["pruned"]))
+                rows.append(("bytes on disk", values.get("dense"), values["pruned"]))
             elif values:
-                rows += [(unit.format(name), values["dense"].get(name), new) for name, new in values["pruned"].items()]
+                dense_values = values.get("dense", {})  # not every run evaluates the dense model
+                rows += [(unit.format(name), dense_values.get(name), new) for name, new in values["pruned"].items()]
         titles = {"macs": f"MACs, {_sample(content['totals'])}", "bytes": "bytes in memory"}
         for name, old, new in rows:
             table.add_row(titles.get(name, name), _shown(old), _shown(new), _change(old, new))
