@@ -102,9 +102,12 @@ class _StepPlanner:
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         if self.step.target == "weights":
             weights = select_sites(self.step, self.structure.weights)
-            eligible = {site.name: self._eligible_entries(site) for site in weights}
+            present = {site.name: present_entries(self.structure, self.kept, site) for site in weights}
+            earlier = self.kept.weights
+            eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
             gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
-            chosen = choose_weights(self.step, weights, self._scores(weights), eligible, gone, progress=progress)
+            scores = self._scores(weights)
+            chosen = choose_weights(self.step, weights, scores, eligible, gone, progress=progress, present=present)
             keep = KeepMasks(weights=chosen.keep)
         else:
             require_sites(self.structure, self.step.target)
@@ -158,11 +161,6 @@ class _StepPlanner:
             else:
                 scores[site.key] = self.criterion.score_units(model, site, statistics)
         return scores
-
-    def _eligible_entries(self, site: WeightSite) -> Tensor:
-        """Entries of a weight that are there, and not removed by an earlier step."""
-        present = present_entries(self.structure, self.kept, site)
-        return present & self.kept.weights[site.name] if site.name in self.kept.weights else present
 
     def _costs(self) -> UnitCosts | None:
         budget, there = self.step.sparsity, self.kept.units

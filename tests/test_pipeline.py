@@ -28,7 +28,7 @@ def test_prune_every_target_of_a_decoder(criterion, tmp_path):
         model,
         recipe(
             {"target": "layers", "sparsity": 0.34, "criterion": criterion},
-            {"target": "ffn_neurons", "sparsity": 0.5, "criterion": criterion, "scope": "global"},
+            {"target": "ffn_neurons", "sparsity": 0.5, "criterion": criterion, "scope": "global", "round_to": 4},
             {"target": "attention_heads", "sparsity": 0.5, "criterion": criterion},
             {"target": "weights", "pattern": "2:4"},
         ),

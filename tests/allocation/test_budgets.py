@@ -22,9 +22,7 @@ def counted(model, kind):
 def half_a_unit(model, target, kind):
     structure = inspect_model(model)
     inputs = example_inputs(model, batch_size=1, length=LENGTH)
-    costs = (
-        parameter_costs(model, structure, {}) if kind == "parameters" else mac_costs(model, structure, {}, inputs)
-    )
+    costs = parameter_costs(model, structure, {}) if kind == "parameters" else mac_costs(model, structure, {}, inputs)
     return max(float(costs.per_unit[site.key].max()) for site in structure.of(target)) / 2
 
 
@@ -42,7 +40,14 @@ def recipe(*steps):
 @pytest.mark.parametrize("target", ["ffn_neurons", "attention_heads", "layers"])
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("bert", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("deberta-v2", {}), ("t5", {}), ("vit", {})],
+    [
+        ("bert", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {}),
+        ("deberta-v2", {}),
+        ("t5", {}),
+        ("vit", {}),
+    ],
 )
 def test_the_model_shrinks_by_what_was_asked(name, changes, target, kind, scope):
     model = zoo.build(name, **changes)
@@ -103,5 +108,5 @@ def test_what_can_not_be_saved_is_refused_with_the_most_that_can():
     most = 3 * 24 * 65 / count_parameters(model)
     with pytest.raises(hf_prune.RecipeError, match=f"at most {most:.1%} .* 30.0% is asked for"):
         hf_prune.make_plan(model, recipe(step))
-    with pytest.raises(hf_prune.RecipeError, match="at most 0.0%"):
+    with pytest.raises(hf_prune.RecipeError, match=r"at most 0\.0%"):
         hf_prune.make_plan(zoo.build("albert"), recipe({"target": "layers", "sparsity": {"parameters": 0.3}}))
