@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tunes an image classifier while pruning it, evaluates it, saves it and can push it to the Hub.
+r"""Fine-tunes an image classifier while pruning it, evaluates it, saves it and can push it to the Hub.
 
 On a Hub data set, with a recipe that is shipped (`hf-prune recipes` lists them) or one of your own:
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tunes a text classifier while pruning it, evaluates it and saves it; it can also predict and push to the Hub.
+r"""Fine-tunes a text classifier while pruning it, evaluates it and saves it; it can also predict and push to the Hub.
 
 On a Hub data set, with a recipe that is shipped (`hf-prune recipes` lists them) or one of your own:
 

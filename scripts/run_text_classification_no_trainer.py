@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tunes a text classifier while pruning it in a plain training loop, with Accelerate and `hf_prune.Pruner`.
+r"""Fine-tunes a text classifier while pruning it in a plain training loop, with Accelerate and `hf_prune.Pruner`.
 
 On a Hub data set, with a recipe that is shipped (`hf-prune recipes` lists them) or one of your own:
 
