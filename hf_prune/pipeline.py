@@ -26,7 +26,7 @@ from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import Totals, build_report, first_sample, measure_totals
 from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites
-from hf_prune.structure.cost import UnitCosts, mac_costs, parameter_costs
+from hf_prune.structure.cost import UnitCosts, evaluating, mac_costs, parameter_costs
 from hf_prune.structure.inputs import example_inputs
 
 
@@ -240,33 +240,31 @@ def finish_(
         seconds: what earlier stages took.
 
     Raises:
-        VerificationError: the smaller model computes something else; the model is masked, as it was.
+        VerificationError: the smaller model computes something else; the model is masked, as it was, and its parameters
+            are the same objects.
     """
     recipe = Recipe.load(recipe)
     structure, masks = inspect_model(model), masks_of(model)
     batches, inputs = verification_batches(model, batches, inputs)
     dense = dense or measure_totals(model, first_sample(batches))
     times = dict(seconds or {})
-    was_training = model.training
-    model.eval()
     verification: Verification | None = None
     verdict: Verdict | None = None
     started = time.perf_counter()
-    if shrink and any(not keep.all() for keep in masks.units.values()):
-        masked = copy.deepcopy(model)
-        try:
-            record, verdict = _shrink(model)
+    with evaluating(model):
+        if shrink and any(not keep.all() for keep in masks.units.values()):
+            # a copy goes first: if that fails, the model and all that hold its parameters are as they were
+            smaller = copy.deepcopy(model)
+            record, _ = _shrink(smaller)
             times["shrink"], started = time.perf_counter() - started, time.perf_counter()
             if verify:
-                verification = verify_models(masked, model, structure, record, batches, inputs)
+                verification = verify_models(model, smaller, structure, record, batches, inputs)
                 times["verify"] = time.perf_counter() - started
-        except BaseException:
-            # the masked model comes back, on the same object: no work is lost
-            model.__dict__.clear()
-            model.__dict__.update(masked.__dict__)
-            model.train(was_training)
-            raise
-        del masked
+            pruned = measure_totals(smaller, dense.sample)
+            del smaller
+            _, verdict = _shrink(model)
+        else:
+            pruned = measure_totals(model, dense.sample)
     report = build_report(
         model,
         recipe,
@@ -274,14 +272,13 @@ def finish_(
         masks=masks,
         shrunk=shrink,
         dense=dense,
-        pruned=measure_totals(model, dense.sample),
+        pruned=pruned,
         verification=verification,
         verdict=verdict or settle_config_(model, {}),
         notes=plan.notes if plan else [],
         seconds=times,
     )
     report.attach_(model)
-    model.train(was_training)
     return report
 
 

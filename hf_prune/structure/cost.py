@@ -6,6 +6,7 @@ Axes: B samples, H heads, Q and K positions of queries and keys, d entries.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +21,18 @@ from hf_prune.structure.sites import ModelStructure, Site
 
 
 UnitMasks = Mapping[str, Tensor]  # by site key, bool (n_units,): True is still there
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module's own as before."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
 
 
 @dataclass(frozen=True)
@@ -165,16 +178,11 @@ def _is_handed_on(name: str) -> bool:
 
 def _macs_by_module(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
     """MACs of each module in one forward pass, those of its children in; the model's own under the empty name."""
-    training = {module: module.training for module in model.modules()}
     # without gradients by detached parameters: the counter stumbles over those that want one under `no_grad`
     detached = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    model.eval()
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_PYTORCH) as counter:
-            torch.func.functional_call(model, detached, (), dict(inputs))
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
+    counter = FlopCounterMode(display=False, custom_mapping=_NOT_COUNTED_BY_PYTORCH)
+    with evaluating(model), torch.no_grad(), counter:
+        torch.func.functional_call(model, detached, (), dict(inputs))
     root = f"{type(model).__name__}."
     counts = {name: sum(by_operation.values()) / 2 for name, by_operation in counter.get_flop_counts().items()}
     return {name.removeprefix(root): n for name, n in counts.items()} | {"": counter.get_total_flops() / 2}

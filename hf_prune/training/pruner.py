@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from hf_prune.training.schedule import updates
 
 
 Batches = Iterable[Mapping[str, Any]]
+logger = logging.getLogger(__name__)
 
 
 class Pruner:
@@ -121,6 +124,8 @@ class Pruner:
     ) -> PruningReport:
         """Remove what is masked, verify, report. The optimizer holds the old parameters from then on.
 
+        Before the schedule's end, the model is as sparse as it has become, and the report and a warning say so.
+
         Args:
             batches: to verify on; the calibration data if not given.
             inputs: what the batches are: "calibration", "training" or "evaluation".
@@ -130,10 +135,15 @@ class Pruner:
             VerificationError: they differ; the model is the masked one, as trained.
         """
         self.detach()
+        plan = self.plan or PruningPlan(steps=[])
+        if not self.is_final:
+            early = f"training stopped at step {self.n_done}, before the schedule's end at {self.last_update}"
+            plan = replace(plan, notes=[*plan.notes, f"{early}: the sparsity is not what the recipe asks for"])
+            logger.warning(plan.notes[-1])
         return finish_(
             self.model,
             self.recipe,
-            plan=self.plan,
+            plan=plan,
             batches=batches if batches is not None else self._batches(),
             inputs=inputs,
             shrink=self.recipe.schedule.shrink == "at_end",

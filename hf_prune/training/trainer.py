@@ -102,6 +102,9 @@ class PruningMixin(_Base):
         assert self.recipe is not None
         if unwrap(self.model) is self._finished:
             return  # pruned by the first `train()`; a second one trains what is left, and single weights stay masked
+        begun = self.pruner  # of a training that broke off: by an error, or to start anew with a smaller batch
+        if begun is not None:
+            begun.detach()
         self.pruner = Pruner(
             self.model,
             self.optimizer,
@@ -109,6 +112,8 @@ class PruningMixin(_Base):
             n_steps=self.state.max_steps,
             calibration=self._calibration_batches,
         )
+        if begun is not None:
+            self.pruner.plan = begun.plan
         if self._resumed_from is not None:
             self.pruner.load_state_dict(load_state(Path(self._resumed_from)))
             self._resumed_from = None
