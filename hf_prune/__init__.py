@@ -69,7 +69,8 @@ def __dir__() -> list[str]:
 
 
 def _install() -> None:
-    import_module("hf_prune.checkpoint.hooks").install()
+    for hooks in ("hf_prune.checkpoint.hooks", "hf_prune.hub.hooks"):
+        import_module(hooks).install()
 
 
 # Pruned checkpoints load as soon as this package is imported. The hook waits for Transformers' model code, which

@@ -39,6 +39,10 @@ class HubHandler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         hub.requests.append((self.command, url.path))
+        if hub.is_dead or any(method == self.command and path.search(url.path) for method, path in hub.deadly):
+            hub.is_dead = self.close_connection = True
+            self.connection.close()
+            return
         try:
             with hub.lock:
                 for fault in hub.faults:

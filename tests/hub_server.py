@@ -40,6 +40,8 @@ class HubServer:
         self.store = HubStore(self.tokens)
         self.requests: list[tuple[str, str]] = []
         self.faults: list[tuple[str, re.Pattern[str], HubError]] = []
+        self.deadly: list[tuple[str, re.Pattern[str]]] = []
+        self.is_dead = False
         self.lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
         self._http.daemon_threads = True
@@ -87,3 +89,7 @@ class HubServer:
     def fail(self, method: str, pattern: str, status: int = 500, message: str = "injected", times: int = 1) -> None:
         """Makes the next `times` requests whose path matches `pattern` fail."""
         self.faults += [(method, re.compile(pattern), HubError(status, message))] * times
+
+    def die(self, method: str, pattern: str) -> None:
+        """Makes the server die at the next request whose path matches `pattern`: no answer to it nor to any later one."""
+        self.deadly.append((method, re.compile(pattern)))

@@ -1,4 +1,4 @@
-"""Three inert patches on `PreTrainedModel`: they act on a model whose config or object carries pruning, on no other.
+"""Two inert patches on `PreTrainedModel`: they act on a model whose config or object carries pruning, on no other.
 
 The load hook is keyed on the config, so it survives deepcopy, PEFT and unwrapping.
 """
@@ -28,7 +28,6 @@ def install() -> None:
         return
     PreTrainedModel.post_init = _loading(PreTrainedModel.post_init)
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
-    PreTrainedModel._upload_modified_files = _uploading(PreTrainedModel._upload_modified_files)
 
 
 def _loading(stock: Any) -> Any:
@@ -78,17 +77,3 @@ def _saving(stock: Any) -> Any:
         return result
 
     return save_pretrained
-
-
-def _uploading(stock: Any) -> Any:
-    @functools.wraps(stock)
-    def _upload_modified_files(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kw: Any) -> Any:
-        from hf_prune.checkpoint.saving import MARKER, add_side_files, is_pruned
-
-        if is_pruned(self):
-            # `push_to_hub` has just put its own card over the one that was saved
-            add_side_files(self, Path(working_dir))
-            Path(working_dir, MARKER).unlink(missing_ok=True)
-        return stock(self, working_dir, *args, **kw)
-
-    return _upload_modified_files

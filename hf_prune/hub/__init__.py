@@ -1,0 +1,1 @@
+"""The Hub: pruned models are pushed whole, in one commit."""

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 # `HTTPError` is the base of the HTTP library's errors (httpx, later httpx2), which the hub re-exports by importing it.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from hf_prune.errors import CheckpointError, PruneError
+from hf_prune.report.card import for_repository
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,35 @@ def push_folder(
         CheckpointError: if the folder isn't a complete checkpoint, or the Hub refuses its card.
         PruneError: if the Hub can't be reached or refuses, or `revision` comes with `create_pr`.
     """
-    folder = Path(folder)
+    commit = send(
+        Path(folder),
+        repo_id,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        endpoint=endpoint,
+    )
+    if create_pr and commit.pr_url:  # none is opened where nothing differs
+        return str(commit.pr_url)
+    branch = revision or "main"
+    return str(commit.repo_url) if branch == "main" else f"{commit.repo_url}/tree/{branch}"
+
+
+def send(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    commit_message: str,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_description: str | None = None,
+    endpoint: str | None = None,
+) -> CommitInfo:
+    """`push_folder` that returns the commit; with `private=None` the Hub's own default decides on a new repository."""
     if create_pr and revision not in (None, "main"):
         raise PruneError(
             f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`. "
@@ -103,19 +132,23 @@ def push_folder(
             )
         there = {sibling.rfilename for sibling in remote.siblings or []}
         stale = sorted(name for name in there.difference(paths) if LOADABLE.fullmatch(name))
-        additions = [CommitOperationAdd(name, folder / name) for name in paths]
-        commit = api.create_commit(
+        additions = [CommitOperationAdd(name, _content(folder / name, repo.repo_id)) for name in paths]
+        return api.create_commit(
             repo.repo_id,
             [*additions, *(CommitOperationDelete(name) for name in stale)],
             commit_message=commit_message,
+            commit_description=commit_description,
             revision=branch,
             create_pr=create_pr,
+            parent_commit=remote.sha,  # what is stale was found there
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise _explained(error, folder, repo_id, token) from error
-    if create_pr:
-        return str(commit.pr_url)
-    return str(repo) if branch == "main" else f"{repo}/tree/{branch}"
+        raise explained(error, str(folder), repo_id, token) from error
+
+
+def _content(path: Path, repo_id: str) -> Path | bytes:
+    """The file; of the card a copy whose examples name the repository."""
+    return for_repository(path.read_text(encoding="utf-8"), repo_id).encode() if path.name == "README.md" else path
 
 
 def files_to_push(folder: Path) -> Iterator[str]:
@@ -190,10 +223,10 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _explained(error: BaseException, folder: Path, repo_id: str, token: str | None) -> PruneError:
-    """The error as a user meets it: what happened, what to do, and that the folder is as it was."""
+def explained(error: BaseException, what: str, repo_id: str, token: str | bool | None) -> PruneError:
+    """The error as a user meets it: what happened, what to do, that `what` (folder or model) is as it was; no token."""
     root = error
-    while not isinstance(root, HfHubHTTPError) and root.__cause__ is not None:
+    while isinstance(root, RuntimeError) and root.__cause__ is not None:
         root = root.__cause__  # a failed LFS upload arrives as a RuntimeError around the answer
     kind: type[PruneError] = PruneError
     owner = repo_id.partition("/")[0]
@@ -214,13 +247,12 @@ def _explained(error: BaseException, folder: Path, repo_id: str, token: str | No
         said = " ".join(str(root).split())
         if "README.md" in said:
             kind = CheckpointError
-            message = (
-                f"the card's header was refused: {said} Correct the top of {folder / 'README.md'} and push again."
-            )
+            message = f"the card's header was refused: {said} Correct the top of README.md and push again."
         else:
             message = f"{said} Correct that and push again."
     else:
         said = " ".join(str(root).split()) or type(root).__name__
         message = f"the Hub can't be reached ({said}). Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE."
-    message = f"Pushing {folder} to {repo_id!r} failed: {message} Nothing is lost: the folder is as it was."
-    return kind(message.replace(token, "<token>") if token else message)
+    message = f"Pushing {what} to {repo_id!r} failed: {message} Nothing is lost: {what} is as it was."
+    secret = token if isinstance(token, str) else get_token()
+    return kind(message.replace(secret, "<token>") if secret else message)

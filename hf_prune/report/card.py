@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 _TEMPLATE = "card.md.j2"
+_NO_REPOSITORY = "path/or/repo"  # in the examples, until it is known where the model goes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TITLES = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes in memory"}
 
@@ -62,7 +63,7 @@ def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | N
         plain=checkpoint.get("loads_with", "transformers") == "transformers",
         why=_sentence(checkpoint.get("why")),
         auto_class=checkpoint.get("class") or "AutoModel",
-        repo_id=repo_id or "path/or/repo",
+        repo_id=repo_id or _NO_REPOSITORY,
         verification=_verification(report),
         recipe_yaml=recipe_yaml.strip(),
         fence="`" * (1 + max([2, *(len(run) for run in re.findall("`+", recipe_yaml))])),
@@ -70,6 +71,11 @@ def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | N
         versions=", ".join(f"{package} {version}" for package, version in (report.get("versions") or {}).items()),
     )
     return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"))
+
+
+def for_repository(card: str, repo_id: str) -> str:
+    """The card with examples that load from `repo_id`, where they named no repository yet."""
+    return card.replace(f'from_pretrained("{_NO_REPOSITORY}"', f'from_pretrained("{repo_id}"')
 
 
 def _card_data(

@@ -29,6 +29,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         # The module-level functions are methods of this one instance.
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        # Transformers keeps a client of its own from its first call on.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         huggingface_hub.close_session()  # the shared session may have been opened with a proxy, or for offline use
         yield server
     huggingface_hub.close_session()

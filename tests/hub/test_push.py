@@ -1,0 +1,317 @@
+"""What is pushed arrives whole, loads back with equal logits, and nothing is lost where pushing fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+import hf_prune
+from hf_prune.cli.main import app
+from hf_prune.errors import CheckpointError, PruneError
+from hf_prune.hub.push import push_folder
+from tests.hub.pruned import FILES, STOCK, UNEVEN, logits, logits_without_hf_prune, pruned, tokenizer
+from tests.hub_metadata import check_card
+
+
+REPO = "ada/small"
+HELD = ".gitattributes"  # what a new repository holds
+SAVED = FILES | {"modeling_hf_prune.py"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pruned()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what arrives
+
+
+def test_a_folder_arrives_whole_and_loads_with_and_without_the_plugin(model, folder, hub, api, tmp_path):
+    before = contents(folder)
+    assert push_folder(folder, REPO) == f"{hub.url}/{REPO}"
+    pushed = set(api.list_repo_files(REPO)) - {HELD}
+    assert pushed == SAVED | {"tokenizer.json", "tokenizer_config.json"}
+    assert [commit.title for commit in api.list_repo_commits(REPO)] == ["Upload pruned model", "initial commit"]
+    assert contents(folder) == before
+    loaded = AutoModelForSequenceClassification.from_pretrained(REPO)
+    assert torch.equal(logits(loaded), logits(model))
+    assert AutoTokenizer.from_pretrained(REPO)("hello hub")["input_ids"] == [3, 4]
+    assert hf_prune.Recipe.from_pretrained(REPO).to_dict() == hf_prune.Recipe.from_dict(UNEVEN).to_dict()
+    auto = "AutoModelForSequenceClassification"
+    assert torch.equal(logits_without_hf_prune(REPO, hub, tmp_path / "home", auto), logits(model))
+
+
+def test_the_model_pushes_itself(model, hub, api, tmp_path):
+    model.push_to_hub(REPO, commit_message="smaller")
+    tokenizer().push_to_hub(REPO)
+    assert set(api.list_repo_files(REPO)) - {HELD} == SAVED | {"tokenizer.json", "tokenizer_config.json"}
+    assert [commit.title for commit in api.list_repo_commits(REPO)][1] == "smaller"
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(REPO)), logits(model))
+    card = ModelCard.load(REPO)
+    assert "pruned" in card.data.tags and f'from_pretrained("{REPO}"' in card.text, (
+        "the tokenizer's push took the card"
+    )
+    auto = "AutoModelForSequenceClassification"
+    assert torch.equal(logits_without_hf_prune(REPO, hub, tmp_path / "home", auto), logits(model))
+
+
+def test_a_stock_result_is_pushed_without_a_trace_of_us_in_its_config(hub, api, tmp_path):
+    model = pruned(STOCK, "llama")
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id=REPO)
+    assert set(api.list_repo_files(REPO)) - {HELD} == FILES | {"generation_config.json"}
+    config = json.loads(Path(api.hf_hub_download(REPO, "config.json")).read_text())
+    assert not {"hf_prune", "auto_map"} & config.keys()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(REPO)), logits(model))
+
+
+def test_a_loaded_model_is_pushed_again_with_the_modelling_file(model, folder, hub, api, tmp_path):
+    push_folder(folder, REPO)
+    again = AutoModelForSequenceClassification.from_pretrained(REPO)
+    again.push_to_hub("ada/again")
+    assert "modeling_hf_prune.py" in api.list_repo_files("ada/again")
+    config = json.loads(Path(api.hf_hub_download("ada/again", "config.json")).read_text())
+    assert set(config["auto_map"].values()) and all("--" not in name for name in config["auto_map"].values())
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained("ada/again")), logits(model))
+
+
+def test_a_dense_model_is_pushed_as_transformers_does(hub, api):
+    from tests import zoo
+
+    model = zoo.build("bert")
+    model.push_to_hub(REPO)
+    assert set(api.list_repo_files(REPO)) == {HELD, "README.md", "config.json", "model.safetensors"}
+    assert "hf_prune" not in ModelCard.load(REPO).content
+
+
+def test_shards_replace_the_single_file_in_one_commit_and_back(model, hub, api):
+    model.push_to_hub(REPO)
+    model.push_to_hub(REPO, max_shard_size="20KB")
+    files = set(api.list_repo_files(REPO))
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(REPO)), logits(model))
+    model.push_to_hub(REPO)
+    assert set(api.list_repo_files(REPO)) - {HELD} == SAVED
+    assert len(api.list_repo_commits(REPO)) == 1 + 3
+    # no state of the repository in between held weights of two kinds
+    for commit in api.list_repo_commits(REPO)[:-1]:
+        at = api.list_repo_files(REPO, revision=commit.commit_id)
+        assert ("model.safetensors" in at) != ("model.safetensors.index.json" in at)
+
+
+def test_a_branch_and_a_pull_request(model, folder, hub, api):
+    assert push_folder(folder, REPO, revision="draft") == f"{hub.url}/{REPO}/tree/draft"
+    assert api.list_repo_files(REPO) == [HELD]
+    loaded = AutoModelForSequenceClassification.from_pretrained(REPO, revision="draft")
+    assert torch.equal(logits(loaded), logits(model))
+    assert hf_prune.Recipe.from_pretrained(REPO, revision="draft").name == "uneven"
+    assert push_folder(folder, REPO, create_pr=True) == f"{hub.url}/{REPO}/discussions/1"
+    assert api.list_repo_files(REPO) == [HELD]
+    api.merge_pull_request(REPO, 1)
+    assert set(api.list_repo_files(REPO)) >= SAVED
+    assert push_folder(folder, REPO, create_pr=True) == f"{hub.url}/{REPO}", "nothing differs"
+    model.push_to_hub("ada/second", create_pr=True, commit_message="a proposal")
+    assert [item.title for item in api.get_repo_discussions("ada/second")] == ["a proposal"]
+    assert api.list_repo_files("ada/second") == [HELD]
+    proposed = AutoModelForSequenceClassification.from_pretrained("ada/second", revision="refs/pr/1")
+    assert torch.equal(logits(proposed), logits(model))
+    with pytest.raises(PruneError, match="always opened against `main`"):
+        push_folder(folder, REPO, revision="draft", create_pr=True)
+
+
+def test_a_pull_request_to_somebody_elses_repository(folder, hub, api):
+    api.create_repo("ada/open", private=False)
+    address = push_folder(folder, "ada/open", create_pr=True, token="hf_loopback_other")
+    assert address == f"{hub.url}/ada/open/discussions/1"
+
+
+def test_new_repositories_of_folders_are_private_unless_told(folder, hub, api, caplog):
+    push_folder(folder, REPO)
+    assert api.model_info(REPO).private
+    push_folder(folder, "ada/open", private=False)
+    assert not api.model_info("ada/open").private
+    assert "public" not in caplog.text
+    push_folder(folder, "ada/open")
+    assert not api.model_info("ada/open").private
+    assert "ada/open exists and is public" in caplog.text
+    done = CliRunner().invoke(app, ["push", str(folder), "ada/typed"])
+    assert done.exit_code == 0 and done.stdout.strip() == f"{hub.url}/ada/typed"
+    assert api.model_info("ada/typed").private
+
+
+def test_what_training_left_stays_at_home(folder, hub, api):
+    for name in ("optimizer.pt", "training_args.bin", "checkpoint-3/config.json", ".cache/x", "runs/events", "a.tmp"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "how.md").write_text("kept")
+    push_folder(folder, REPO)
+    pushed = set(api.list_repo_files(REPO)) - {HELD}
+    assert pushed == SAVED | {"tokenizer.json", "tokenizer_config.json", "notes/how.md"}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the card
+
+
+def test_the_card_passes_the_hubs_check_and_says_how_to_load(folder, hub, api):
+    push_folder(folder, REPO)
+    card = ModelCard.load(REPO)
+    assert check_card(card.content) == ([], [])
+    assert card.data.library_name == "transformers" and {"hf_prune", "pruned"} <= set(card.data.tags)
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card.text
+    assert "path/or/repo" in (folder / "README.md").read_text(), "the folder's own card was changed"
+    assert api.model_info(REPO).library_name == "transformers"
+
+
+def test_tags_of_the_user_are_added_to_ours(hub):
+    model = pruned()
+    model.add_model_tags(["mine"])
+    model.push_to_hub(REPO)
+    assert {"hf_prune", "pruned", "mine"} <= set(ModelCard.load(REPO).data.tags)
+
+
+@pytest.mark.parametrize("header", ["license: mine", "base_model: /local/path", "language: no", "a: ["])
+def test_a_card_that_the_hub_refuses_is_told_and_nothing_arrives(folder, hub, api, header):
+    (folder / "README.md").write_text(f"---\n{header}\n---\n# Mine\n")
+    with pytest.raises(CheckpointError, match=r"card's header was refused.*README\.md"):
+        push_folder(folder, REPO)
+    assert api.list_repo_files(REPO) == [HELD]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# what goes wrong
+
+
+TOKEN = "hf_" + "S3cr3tS3cr3tS3cr3t"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The client waits between its attempts; not here."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+def fail(hub, pattern, status, message="injected"):
+    method = "PUT" if "storage" in pattern else "POST"
+    hub.fail(method, pattern, status, message, times=9)
+
+
+FAILURES = {
+    "bad token": (lambda hub: None, TOKEN, r"answered 401.*hf auth login"),
+    "token that may not write": (lambda hub: None, "hf_loopback_read", r"answered 403.*`write` role.*'ada'"),
+    "changed meanwhile": (lambda hub: fail(hub, "/commit/", 412), None, r"answered 412.*push again"),
+    "conflict": (lambda hub: fail(hub, "/commit/", 409), None, r"answered 409.*push again"),
+    "too many requests": (lambda hub: fail(hub, "/commit/", 429), None, r"answered 429.*wait a few minutes"),
+    "storage in trouble": (lambda hub: fail(hub, "/storage/", 500), None, r"answered 500.*push again later"),
+    "death in the middle of an upload": (lambda hub: hub.die("PUT", "/storage/"), None, r"can't be reached"),
+    "death before the commit": (lambda hub: hub.die("POST", "/commit/"), None, r"can't be reached"),
+    "death from the start": (lambda hub: hub.die("POST", "/api/repos/create"), None, r"can't be reached"),
+}
+
+
+@pytest.mark.parametrize("way", ["folder", "model"])
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_told_with_its_remedy_and_loses_nothing(model, folder, hub, api, caplog, quick, name, way):
+    begin, token, message = FAILURES[name]
+    api.create_repo(REPO, exist_ok=True)
+    before, weights = contents(folder), {key: value.clone() for key, value in model.state_dict().items()}
+    begin(hub)
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(PruneError, match=message) as caught:
+        if way == "folder":
+            push_folder(folder, REPO, token=token)
+        else:
+            model.push_to_hub(REPO, token=token)
+    assert "Nothing is lost" in str(caught.value) and REPO in str(caught.value)
+    assert contents(folder) == before
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert hub.store.repos[REPO].commit_at("main").files.keys() == {HELD}, "half a checkpoint arrived"
+    said = caplog.text + str(caught.value)
+    assert not [secret for secret in (TOKEN, *hub.tokens) if secret in said]
+
+
+def test_a_token_that_the_answer_quotes_is_taken_out(folder, hub):
+    fail(hub, "/commit/", 400, f"{hub.token} may not")
+    with pytest.raises(PruneError, match="<token> may not"):
+        push_folder(folder, REPO)
+
+
+def test_a_push_that_failed_succeeds_when_tried_again(folder, hub, api, quick, model):
+    fail(hub, "/storage/", 500)
+    with pytest.raises(PruneError):
+        push_folder(folder, REPO)
+    hub.faults.clear()
+    push_folder(folder, REPO)
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(REPO)), logits(model))
+
+
+def test_someone_who_pushes_meanwhile_is_not_overwritten(folder, hub, api, monkeypatch):
+    """A commit that arrives between the look at the repository and our commit."""
+    api.create_repo(REPO)
+    look = HfApi.model_info
+
+    def look_then_theirs(self, *args, **kwargs):
+        seen = look(self, *args, **kwargs)
+        api.upload_file(path_or_fileobj=b"theirs", path_in_repo="theirs.txt", repo_id=REPO)
+        return seen
+
+    monkeypatch.setattr(HfApi, "model_info", look_then_theirs)
+    with pytest.raises(PruneError, match=r"412.*push again"):
+        push_folder(folder, REPO)
+    assert set(api.list_repo_files(REPO)) == {HELD, "theirs.txt"}
+
+
+def test_the_command_ends_with_one_message(folder, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = CliRunner().invoke(app, ["push", str(folder), REPO])
+    assert isinstance(done.exception, PruneError) and TOKEN not in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "damaged or cut short"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "modeling_hf_prune.py").unlink(), "modeling_hf_prune.py, which isn't there"),
+    ],
+)
+def test_what_would_not_load_is_not_pushed(folder, hub, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        push_folder(folder, REPO)
+    assert not hub.store.repos and not hub.requests
+
+
+def test_a_recipe_that_is_not_there_is_told(hub, api):
+    api.create_repo(REPO)
+    for repo_id in (REPO, "ada/none"):
+        with pytest.raises(hf_prune.RecipeError, match=r"no Hub repository with a recipe\.yaml"):
+            hf_prune.Recipe.from_pretrained(repo_id)
+
+
+def test_a_snapshot_is_a_checkpoint_like_the_folder(model, folder, hub):
+    push_folder(folder, REPO)
+    got = contents(Path(snapshot_download(REPO)))
+    mine = contents(folder)
+    assert {name for name in mine if got.get(name) != mine[name]} == {".hf_prune_complete", "README.md"}
