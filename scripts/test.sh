@@ -4,12 +4,18 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 make_environment dev
 
-selection=(-m "not slow")
-if [[ "${1:-}" == "--full" ]]; then
-    selection=()
-    shift
-fi
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest -q -n 2 "${selection[@]}" "$@"
+"$python" -m mypy
+.venv/bin/lint-imports --no-logo
+
+if [[ "${1:-}" == "--full" ]]; then
+    shift
+    "$python" -m pytest -q -n 2 "$@"
+    # what depends on the versions below us, once more on the oldest of them
+    make_oldest_environment
+    exec .venv-oldest/bin/python -m pytest -q -n 2 -m "not slow" \
+        tests/structure tests/apply tests/calibration tests/criteria tests/checkpoint tests/training tests/test_pipeline.py
+fi
+exec "$python" -m pytest -q -n 2 -m "not slow" "$@"
