@@ -18,9 +18,10 @@ def inspect(
 
     Examples:
 
-        hf-prune inspect HuggingFaceTB/SmolLM2-135M
-
-        hf-prune inspect outputs/quickstart --json
+    ```
+    hf-prune inspect HuggingFaceTB/SmolLM2-135M
+    hf-prune inspect outputs/quickstart --json
+    ```
     """
     from hf_prune.cli.run import quiet
 

@@ -22,9 +22,10 @@ def push(
 
     Examples:
 
-        hf-prune push outputs/quickstart me/minilm-bbc-pruned
-
-        hf-prune push outputs/quickstart me/minilm-bbc-pruned --create-pr
+    ```
+    hf-prune push outputs/quickstart me/minilm-bbc-pruned
+    hf-prune push outputs/quickstart me/minilm-bbc-pruned --create-pr
+    ```
     """
     from hf_prune.hub.push import push_folder
 

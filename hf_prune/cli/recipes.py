@@ -9,6 +9,13 @@ def recipes() -> None:
     """List the shipped recipes.
 
     Each can be run by its name, or copied and changed.
+
+    Examples:
+
+    ```
+    hf-prune recipes
+    hf-prune run quickstart
+    ```
     """
     from rich.console import Console
     from rich.table import Table

@@ -16,9 +16,10 @@ def report(
 
     Examples:
 
-        hf-prune report outputs/quickstart
-
-        hf-prune report outputs/quickstart --json | jq .measured
+    ```
+    hf-prune report outputs/quickstart
+    hf-prune report outputs/quickstart --json | jq .measured
+    ```
     """
     from hf_prune.report import PruningReport
     from hf_prune.report.report import plain_console

@@ -11,7 +11,7 @@ import typer
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to set.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set.")
     ] = None,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Only say sizes and verdict; reads no weight.")
@@ -22,15 +22,13 @@ def run(
 
     Examples:
 
-        hf-prune run quickstart
-
-        hf-prune run my.yaml prune.0.sparsity=0.3 output.dir=outputs/light
-
-        hf-prune run my.yaml --plan-only
-
-        hf-prune run my.yaml --smoke
-
-        torchrun --nproc_per_node 2 -m hf_prune run my.yaml
+    ```
+    hf-prune run quickstart
+    hf-prune run my.yaml prune.0.sparsity=0.3 output.dir=outputs/light
+    hf-prune run my.yaml --plan-only
+    hf-prune run my.yaml --smoke
+    torchrun --nproc_per_node 2 -m hf_prune run my.yaml
+    ```
     """
     from hf_prune.recipe import Recipe
     from hf_prune.recipe.shipped import find_recipe

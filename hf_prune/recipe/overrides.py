@@ -18,7 +18,7 @@ def override_(document: Document, overrides: Sequence[str]) -> None:
         key, equals, text = override.partition("=")
         path: KeyPath = tuple(key.split("."))
         if not equals or not all(path):
-            said = f"{override!r} is no override; expected key=value, such as prune.0.sparsity=0.3"
+            said: str | None = f"{override!r} is no override; expected key=value, such as prune.0.sparsity=0.3"
         else:
             try:
                 said = _set(document, path, scalar(text), override)
@@ -32,7 +32,8 @@ def _set(document: Document, path: KeyPath, value: Any, override: str) -> str | 
     """What is wrong, if it can't be set."""
     if document.content is None:
         document.content = {}
-    at, walked = document.content, ()
+    at: Any = document.content
+    walked: KeyPath = ()
     for part in path[:-1]:
         place = _place(at, part)
         if place is None:

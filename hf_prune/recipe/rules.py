@@ -25,9 +25,9 @@ from hf_prune.recipe.vocabulary import CRITERIA, EVERY_TARGET
 AMOUNTS = ("sparsity", "threshold", "remove")
 # keys that mean nothing for single weights, with their defaults
 OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
-_WHY_NOT = {
+_WHY_NOT: dict[type, str] = {
     MacBudget: "{macs: …} is for layers, heads and neurons: zeros in a dense weight save no operation",
-    ParameterBudget: "{parameters: …} is for layers, heads and neurons: zeros in a weight stay parameters",
+    ParameterBudget: "{parameters: …} is for layers, heads and neurons: zeros stay in the tensor; give a plain fraction",
 }
 
 
@@ -47,30 +47,30 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield key, f"expected exactly one of {', '.join(AMOUNTS)}; found {', '.join(given) or 'none'}"
     if target == "weights":
         if step.get("remove") is not None:
-            yield "remove", "is for layers, heads and neurons; weights leave by sparsity, threshold or N:M"
+            yield "remove", "remove is for layers, heads and neurons; weights leave by sparsity, threshold or N:M"
         if type(sparsity) in _WHY_NOT:
             yield "sparsity", _WHY_NOT[type(sparsity)]
         for key, default in OF_UNITS.items():
             if key in step and step[key] != default:
-                yield key, "is for layers, heads and neurons, not single weights; drop it"
+                yield key, f"{key} is for layers, heads and neurons, not single weights; drop it"
     elif isinstance(target, str):
         if step.get("pattern") is not None:
-            yield "pattern", f"is for target weights, not {target}"
+            yield "pattern", f"pattern is for target weights, not {target}"
         if scope == "output":
-            yield "scope", f"output is for target weights, not {target}; use layer or global"
+            yield "scope", f"scope output is for target weights, not {target}; use layer or global"
         if isinstance(step.get("remove"), (list, tuple)) and target != "layers":
-            yield "remove", 'of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
+            yield "remove", 'remove of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
     if step.get("uniform") is True and target != "weights":
         if target == "layers":
-            yield "uniform", "is for heads and neurons; layers are of one size already"
+            yield "uniform", "uniform is for heads and neurons; layers are of one size already"
         if scope == "global":
-            yield "uniform", "asks for equal sites and scope global lets them differ; drop one"
+            yield "uniform", "uniform asks for equal sites and scope global lets them differ; drop one"
         if given and not (given == ["sparsity"] and (is_number(sparsity) or sparsity is None)):
-            yield "uniform", f"goes with a plain sparsity such as 0.5, not with {', '.join(given)}"
+            yield "uniform", f"uniform goes with a plain sparsity such as 0.5, not with {', '.join(given)}"
     if isinstance(criterion, Criterion) and isinstance(target, str):
         defined = CRITERIA[criterion.name].targets
         if target in EVERY_TARGET - defined:
-            yield "criterion", f"{criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}"
+            yield "criterion", f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}"
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"

@@ -9,7 +9,8 @@ import yaml
 import hf_prune
 from hf_prune.criteria import get
 from hf_prune.recipe import Recipe, schema
-from hf_prune.recipe.mistakes import LATER, SAID_ELSEWHERE
+from hf_prune.recipe.mistakes import LATER
+from hf_prune.recipe.training import SAID_ELSEWHERE
 from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.docs.pages import ROOT, blocks, sections, table

@@ -43,7 +43,7 @@ training: {learning_rte: 1e-3}
     assert f"{path}:2:1: seeed: unknown key" in text and "did you mean 'seed'?" in text
     assert f"{path}:4:5: prune.0.target: 'ffn_neuron' is not allowed" in text
     assert f"{path}:5:5: prune.0.sparsity: 1.5: expected a fraction from 0 to below 1" in text
-    assert "prune.1.criterion: activation is not defined for weights; it is for attention_heads" in text
+    assert "prune.1.criterion: criterion activation is not defined for weights; it is for attention_heads" in text
     assert "training.learning_rte: no field of TrainingArguments; did you mean 'learning_rate'?" in text
 
 
@@ -60,8 +60,8 @@ training: {learning_rte: 1e-3}
         ({"prune": [{"target": "ffn_neurons", "remove": {"*": [1]}, "uniform": True}]}, "goes with a plain sparsity"),
         ({"prune": [{"target": "layers", "remove": []}]}, "at least one"),
         ({"prune": [STEP | {"schedule": {"shrink": "never"}}]}, "said once for all steps"),
-        ({"prune": [{"target": "weights", "sparsity": 0.5, "round_to": 8}]}, "round_to: is for layers, heads"),
-        ({"prune": [{"target": "weights", "sparsity": {"parameters": 0.5}}]}, "stay parameters"),
+        ({"prune": [{"target": "weights", "sparsity": 0.5, "round_to": 8}]}, "round_to is for layers, heads"),
+        ({"prune": [{"target": "weights", "sparsity": {"parameters": 0.5}}]}, "stay in the tensor"),
         ({"prune": [STEP | {"criterion": {"name": "random", "seed": "x"}}]}, "seed of criterion random is 'x'"),
         ({"prune": [STEP | {"criterion": {"name": "random", "sed": 1}}]}, "did you mean 'seed'"),
         ({"prune": [STEP | {"criterion": {"seed": 1}}]}, "expected a criterion's name"),
@@ -87,8 +87,8 @@ training: {learning_rte: 1e-3}
         ({"data": {"name_or_path": "x", "test_size": 1}}, "data.test_size: 1: expected less than 1"),
         ({"model": {"name_or_path": "x", "task": "text-clasification"}}, "did you mean 'text-classification'"),
         ({"model": {"task": "text-generation"}}, "model.name_or_path: this key is required"),
-        ({"prune": [STEP | {"scope": "output"}]}, "scope: output is for target weights"),
-        ({"prune": [STEP | {"pattern": "2:4", "sparsity": None}]}, "pattern: is for target weights"),
+        ({"prune": [STEP | {"scope": "output"}]}, "scope output is for target weights"),
+        ({"prune": [STEP | {"pattern": "2:4", "sparsity": None}]}, "pattern is for target weights"),
         ({"prune": [{"target": "weights", "sparsity": {"macs": 0.5}}]}, "save no operation"),
         ({"prune": [{"target": "ffn_neurons", "remove": [1]}]}, "says where"),
         ({"prune": [STEP | {"criterion": "tailor"}]}, "did you mean 'taylor'"),
@@ -129,7 +129,7 @@ def test_mistakes_in_values_hide_no_mistake_between_keys():
     assert (
         "2: expected a fraction" in text and "'everywhere' is not allowed" in text and "'x': expected a whole" in text
     )
-    assert "remove: is for layers" in text and "found sparsity, remove" in text
+    assert "remove is for layers" in text and "found sparsity, remove" in text
 
 
 @pytest.mark.parametrize("not_a_recipe", [5, None, [1]])

@@ -1,0 +1,42 @@
+"""What holds of every page: links lead somewhere, snippets run, code is of a language that is checked."""
+
+import re
+
+import pytest
+
+from tests.docs.pages import PAGES, README, ROOT, anchors, blocks, links, prose
+
+
+NEVER_RUN = {"text", "json"}  # what is shown, not done
+CHECKED = {"python", "yaml", "bash"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert target.is_relative_to(ROOT)
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_of_a_kind_that_is_checked_or_only_shown(page):
+    for block in blocks(page):
+        assert block.language in NEVER_RUN | CHECKED, f"{block} is {block.info!r}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != README], ids=lambda page: page.name)
+def test_python(page, stage):
+    names: dict = {}
+    for block in (block for block in blocks(page) if block.language == "python"):
+        exec(compile(stage.fit(block.text), str(block), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_that_are_named_exist(page):
+    for name in re.findall(r"`((?:hf_prune|tests|docs|scripts|recipes)/[\w./-]+)`", prose(page)):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"

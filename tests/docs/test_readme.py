@@ -1,0 +1,163 @@
+"""README.md: every command and snippet runs, what it shows agrees with itself and with the project."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainingArguments
+
+from hf_prune.job.sources import resolve
+from hf_prune.recipe import Recipe
+from hf_prune.recipe.mistakes import LATER
+from tests import zoo
+from tests.docs.pages import PAGES, README, ROOT, blocks, sections
+from tests.hub_server import HubServer
+from tests.training.data import Tokens
+
+
+COMMANDS = [
+    (page, line.split(" #")[0].strip())
+    for page in PAGES
+    for block in blocks(page)
+    if block.language in ("bash", "sh", "shell", "console")
+    for line in block.text.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+# They make an environment and take minutes: run by CI itself, and by the tests of the scripts.
+SCRIPTS = ("./scripts/quickstart.sh", "./scripts/test.sh")
+# What is appended so that a command takes seconds: everything happens, on a tiny model, or nothing is read but a config.
+SHORTER = {
+    "hf-prune run recipes/quickstart.yaml": ["--smoke"],
+    "hf-prune run recipes/quickstart.yaml prune.2.sparsity=0.3": ["--plan-only"],
+}
+# The exact words of what a command has to print.
+SAYS = {
+    "validate": "is a good recipe",
+    "recipes": "quickstart",
+    "inspect": "ffn_neurons",
+    "run": ("the recipe works", "loads with"),
+    "report": "verified on",
+    "push": "/ada/minilm-bbc-pruned",
+}
+
+
+def run(stage, arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "hf_prune", *arguments],
+        cwd=stage.directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", [command for _, command in COMMANDS], ids=str)
+def test_commands(command, stage, request):
+    program, *arguments = shlex.split(stage.fit(command))
+    if program in SCRIPTS and not arguments:
+        path = ROOT / program
+        assert os.access(path, os.X_OK)
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+        return
+    if command == "pip install .":
+        assert (ROOT / "pyproject.toml").exists()  # the test of the wheel installs it
+        return
+    assert program == "hf-prune", f"no test runs {command!r}: teach this one to"
+    arguments += SHORTER.get(command, [])
+    environment = {}
+    if arguments[0] in ("report", "push"):
+        stage.save_pruned("outputs/quickstart")
+    if arguments[0] == "push":
+        server = HubServer()
+        request.addfinalizer(lambda: server.__exit__())
+        environment = server.__enter__().env(stage.directory / "home")
+        arguments = [argument.replace("you/", "ada/") for argument in arguments]  # the server's user
+    done = run(stage, arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    expected = SAYS[arguments[0]]
+    assert any(words in done.stdout for words in ((expected,) if isinstance(expected, str) else expected)), done.stdout
+
+
+@pytest.mark.parametrize("command", ["hf-prune frobnicate", "python setup.py install", "./scripts/quickstart.sh --x"])
+def test_a_command_that_no_test_knows_fails(command, stage, request):
+    with pytest.raises((AssertionError, KeyError)):
+        test_commands(command, stage, request)
+
+
+def test_python(stage):
+    """All snippets in the page's order, as one program; the training script that they change has its names already."""
+    torch.manual_seed(0)
+    model = zoo.build("bert")
+    names = {
+        "model": model,
+        "args": TrainingArguments(
+            output_dir="out", max_steps=12, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
+        ),
+        "train": Tokens(),
+        "test": Tokens(seed=1),
+        "tokenizer": None,
+    }
+    for block in (block for block in blocks(README) if block.language == "python"):
+        exec(compile(stage.fit(block.text), str(block), "exec"), names)
+    assert names["trainer"].pruning_report.content["verification"]
+    assert names["report"].content["checkpoint"]["loads_with"] == "transformers", (
+        "what the page loads without hf_prune"
+    )
+    small = names["trainer"].model.state_dict()
+    assert all(torch.equal(small[name], tensor) for name, tensor in names["model"].state_dict().items())
+
+
+def test_the_drop_in_changes_five_lines():
+    text = "".join(block.text for block in blocks(README) if block.language == "python")
+    assert re.findall(r"# (\d), (?:was|new)", text) == ["1", "2", "3", "4", "5"]
+
+
+def test_the_recipe_is_accepted(stage):
+    recipe = Recipe.from_yaml(stage.directory / "recipe.yaml")
+    assert [step.target for step in recipe.prune] == ["attention_heads", "ffn_neurons"]
+
+
+def quickstart_rows():
+    (shown,) = (block for block in blocks(README) if block.text.startswith("BertFor"))
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.text.splitlines() if "│" in line]
+    return {name: (number(dense), number(pruned), change) for name, dense, pruned, change in cells}
+
+
+def number(text):
+    return float(text.replace(",", ""))
+
+
+def test_the_table_agrees_with_itself():
+    rows = quickstart_rows()
+    assert {"accuracy", "bytes on disk", "latency, batch of 1 (ms)", "latency, batch of 8 (ms)"} <= rows.keys()
+    for dense, pruned, change in rows.values():
+        assert abs(pruned / dense - 1 - float(change.rstrip("%")) / 100) < 1e-3
+
+
+def test_the_table_is_of_the_quickstart_s_model():
+    section = Recipe.from_yaml(ROOT / "recipes" / "quickstart.yaml").model
+    config = AutoConfig.from_pretrained(resolve(section.name_or_path, "model"), num_labels=5)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    dense, pruned, _ = quickstart_rows()["parameters"]
+    assert dense == sum(parameter.numel() for parameter in model.parameters())
+    assert 0.5 * dense < pruned < dense
+
+
+def test_every_family_that_is_tested_is_named():
+    said = re.sub(r"[^a-z0-9]", "", sections(README)["What is supported"].lower())
+    for family in {model_type for model_type, _, _ in zoo.MODELS.values()}:
+        assert re.sub(r"[^a-z0-9]", "", family) in said, family
+
+
+@pytest.mark.parametrize(("word", "key"), [("distillation", "distillation"), ("repair", "compensation")])
+def test_what_is_said_to_be_missing_is_missing(word, key):
+    (line,) = re.findall(r"^- Not yet: .*$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert (word in line) == (key in {name for name, _ in LATER})
