@@ -82,8 +82,8 @@ def _model_index(index: Any) -> list[str]:
         if not isinstance(model.get("name"), str) or not model["name"]:
             errors.append(f'"model-index[{m}].name" is required')
         results = model.get("results")
-        if not isinstance(results, list) or not results:
-            errors.append(f'"model-index[{m}].results" must be a non-empty array')
+        if not isinstance(results, list):  # Trainer writes an empty one where nothing was evaluated
+            errors.append(f'"model-index[{m}].results" must be an array')
             continue
         for r, result in enumerate(results):
             where = f"model-index[{m}].results[{r}]"

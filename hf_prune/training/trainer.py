@@ -12,11 +12,12 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_prune.apply.masks import enforce_
 from hf_prune.calibration.batches import take
-from hf_prune.checkpoint.saving import ARTIFACTS
+from hf_prune.checkpoint.saving import ARTIFACTS, add_side_files, is_pruned
 from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.pipeline import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
+from hf_prune.report.card import for_repository
 from hf_prune.training.pruner import Pruner, unwrap
 from hf_prune.training.state import load_state, save_state
 
@@ -94,7 +95,15 @@ class PruningMixin(_Base):
         if card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
+            card = for_repository(card, self.hub_model_id) if self.hub_model_id else card
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        model = unwrap(self.model)
+        if self.is_world_process_zero() and is_pruned(model):
+            # a model that was pruned before this training: Trainer copies config and weights only
+            add_side_files(model, Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     # pruning's own
 
