@@ -58,7 +58,7 @@ def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> st
     for sibling in layouts.FIXED_POSITION_SIBLINGS:
         if isinstance(names.get(name, f"../{sibling}"), nn.Module):
             return f"{sibling} beside the stack is wired to a fixed layer"
-    if len(set(blocks)) < len(blocks) and len(set(blocks)) > 1:
+    if name.rpartition(".")[2] in layouts.REPEAT_FIELDS and len(set(blocks)) > 1:
         return "several shared blocks take turns, so that dropping one changes which block is called where"
     return None
 

@@ -9,7 +9,8 @@ import hf_prune
 from hf_prune.apply import shrink
 from hf_prune.apply.masks import masks_of
 from hf_prune.apply.verify import verify
-from hf_prune.pipeline import apply_, finish_, make_plan
+from hf_prune.pipeline import apply_, finish_
+from hf_prune.planning import make_plan
 from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
