@@ -15,7 +15,9 @@ from tests.docs.pages import README, ROOT, blocks
 # Hub id in the pages -> tiny model of the same layout
 HUB_MODELS = {"HuggingFaceTB/SmolLM2-135M": "llama"}
 # sizes in the pages -> sizes that take no time
-SIZES = {"hidden_size=384, num_attention_heads=12, intermediate_size=1536": "hidden_size=24, num_attention_heads=4"}
+SIZES = {
+    "hidden_size=384, num_attention_heads=12, intermediate_size=1536": "hidden_size=24, num_attention_heads=4, intermediate_size=32"
+}
 
 
 class Stage:
