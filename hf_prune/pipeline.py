@@ -277,6 +277,7 @@ def finish_(
         verdict=verdict or settle_config_(model, {}),
         notes=plan.notes if plan else [],
         seconds=times,
+        n_near_ties=plan.n_near_ties if plan else 0,
     )
     report.attach_(model)
     return report

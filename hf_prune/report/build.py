@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +42,6 @@ def measure_totals(model: nn.Module, sample: Mapping[str, Any] | None) -> Totals
     return Totals(count_parameters(model), size, macs, sample)
 
 
-def first_sample(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first sample of the first batch, with a batch dimension of 1."""
-    first = next(iter(batches), None)
-    return None if first is None else {name: _first(value) for name, value in first.items()}
-
-
-def _first(value: Any) -> Any:
-    return value[:1] if isinstance(value, Tensor) and value.dim() else value
-
-
 def build_report(
     model: nn.Module,
     recipe: Any,
@@ -65,6 +55,7 @@ def build_report(
     verdict: Any,
     notes: Sequence[str],
     seconds: Mapping[str, float],
+    n_near_ties: int = 0,
 ) -> PruningReport:
     """The report of one pruning.
 
@@ -74,6 +65,8 @@ def build_report(
         shrunk: whether masked units were removed.
         dense, pruned: totals before and after.
         verification, verdict: what the checks said; None where they didn't run.
+        notes, n_near_ties: of the plan.
+        seconds: by stage.
     """
     config = getattr(model, "config", None)
     notes, dropped = list(notes), dropped_blocks(structure, masks)
@@ -99,6 +92,7 @@ def build_report(
             "verification": None if verification is None else asdict(verification),
             "checkpoint": {"loads_with": verdict.loads_with, "why": verdict.why, "class": auto_class(model)},
             "notes": notes,
+            "n_near_ties": n_near_ties,
             "hardware": hardware(),
             "versions": versions(),
             "seconds": dict(seconds),
@@ -130,5 +124,5 @@ def _weights(site: WeightSite, structure: ModelStructure, masks: KeepMasks) -> d
 
 
 def _public_name(name_or_path: str) -> str:
-    """A Hub id as it is; of a local directory the last part, since reports are shared."""
-    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+    """A Hub id as it is; of a local directory `./` and its last part, since reports are shared."""
+    return f"./{Path(name_or_path).name}" if Path(name_or_path).exists() else name_or_path

@@ -15,11 +15,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_prune.report.table import hardware_words, is_smaller, sample_shape, shown, site_rows
+
 
 _TEMPLATE = "card.md.j2"
 _NO_REPOSITORY = "path/or/repo"  # in the examples, until it is known where the model goes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_TITLES = {"parameters": "parameters", "macs": "MACs", "bytes": "bytes in memory"}
+_TITLES = {"macs": "MACs", "bytes": "bytes in memory"}
+_UNITS = {"layers": "layer", "attention_heads": "attention head", "ffn_neurons": "feed-forward neuron"}
 
 
 def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | None, metadata: dict[str, Any]) -> str:
@@ -58,7 +61,10 @@ def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | N
         title=name if repo_id or name.endswith("pruned") else f"{name}, pruned",
         base_model=f"`{_name(base_model) if hub_id is None else hub_id}`" if base_model else None,
         description=(report.get("recipe") or {}).get("description"),
+        made=_made(report),
         targets=_targets(report),
+        has_dropped_layers=any(target == "layers" and left for target, left in _removed(report).items()),
+        sites=[(target, name, f"{of:,}", f"{kept:,}", left) for target, name, of, kept, left in site_rows(report)],
         tables=_tables(report),
         plain=checkpoint.get("loads_with", "transformers") == "transformers",
         why=_sentence(checkpoint.get("why")),
@@ -137,12 +143,39 @@ def _pairs(dense: Any, pruned: Any) -> list[tuple[str, float | None, float | Non
     return [row for row in rows if row[1:] != (None, None)]
 
 
+def _removed(report: dict[str, Any]) -> dict[str, int]:
+    """Units that left, by target; of weights the entries set to zero."""
+    removed: dict[str, int] = {}
+    for site in report.get("sites") or []:
+        removed[site["target"]] = removed.get(site["target"], 0) + site["n_units"] - site["n_kept"]
+    if report.get("weights"):
+        removed["weights"] = sum(weight["n_zero"] for weight in report["weights"])
+    return removed
+
+
+def _made(report: dict[str, Any]) -> str:
+    """What was done, in one phrase."""
+    removed = {target: count for target, count in _removed(report).items() if count}
+    parts = [_several(removed[target], word) for target, word in _UNITS.items() if target in removed]
+    said = [f"without {', '.join(parts)}"] if parts else []
+    said += [f"with {_several(removed['weights'], 'single weight')} set to zero"] if "weights" in removed else []
+    return " and ".join(said) or "with nothing removed"
+
+
+def _several(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
 def _targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each target: what was there, what is kept, what share left."""
     rows: dict[str, list[int]] = {}
     for site in report.get("sites") or []:
-        row = rows.setdefault(site.get("target", "?"), [0, 0, 0])
-        for i, count in enumerate((1, site.get("n_units", 0), site.get("n_kept", site.get("n_units", 0)))):
+        row = rows.setdefault(f"{_UNITS[site['target']]}s", [0, 0, 0])
+        for i, count in enumerate((1, site["n_units"], site["n_kept"])):
+            row[i] += count
+    for weight in report.get("weights") or []:
+        row = rows.setdefault("weights (set to zero)", [0, 0, 0])
+        for i, count in enumerate((1, weight["n_entries"], weight["n_entries"] - weight["n_zero"])):
             row[i] += count
     return [
         {
@@ -162,12 +195,13 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     measured = report.get("measured") or {}
     latency, files = measured.get("latency_ms") or {}, measured.get("bytes_on_disk") or {}
     on_disk = [("bytes on disk", files.get("dense"), files.get("pruned"))] if files else []
-    hardware = _hardware(report)
+    counts = _pairs(totals.get("dense"), totals.get("pruned"))
+    hardware = hardware_words(report)
     tables = (
         (
             "Size",
             "Counted on the saved model.",
-            [*_pairs(totals.get("dense"), totals.get("pruned")), *on_disk],
+            [*((_counted(name, totals), old, new) for name, old, new in counts), *on_disk],
             _share,
         ),
         ("Quality", "Measured on the same data before and after.", _metrics(report), _difference),
@@ -178,7 +212,7 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
                 (f"milliseconds, batch of {batch}", dense, pruned)
                 for batch, dense, pruned in _pairs(latency.get("dense"), latency.get("pruned"))
             ],
-            _speedup,
+            _speedup if is_smaller(report) else _no_change,
         ),
         ("Estimated", "Computed, not measured.", _pairs(estimated.get("dense"), estimated.get("pruned")), _share),
     )
@@ -193,9 +227,13 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _counted(name: str, totals: dict[str, Any]) -> str:
+    return f"MACs, {sample_shape(totals)}" if name == "macs" else name
+
+
 def _row(name: str, dense: float | None, pruned: float | None, change: str) -> dict[str, str]:
-    shown = _TITLES.get(name, name).replace("|", "\\|")
-    return {"name": shown, "dense": _shown(dense), "pruned": _shown(pruned), "change": change}
+    title = _TITLES.get(name, name).replace("|", "\\|")
+    return {"name": title, "dense": shown(dense), "pruned": shown(pruned), "change": change}
 
 
 def _share(dense: float | None, pruned: float | None) -> str:
@@ -210,10 +248,9 @@ def _speedup(dense: float | None, pruned: float | None) -> str:
     return f"{dense / pruned:.2f}×" if dense and pruned else ""
 
 
-def _shown(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+def _no_change(dense: float | None, pruned: float | None) -> str:
+    """Of a model from which nothing left: a difference in time is chance."""
+    return ""
 
 
 def _number(value: Any) -> float | None:
@@ -232,14 +269,6 @@ def _verification(report: dict[str, Any]) -> dict[str, Any] | None:
         "max_difference": f"{found['max_difference']:.1e}",
         "tolerance": f"{found['tolerance']:.0e}" if _number(found.get("tolerance")) else None,
     }
-
-
-def _hardware(report: dict[str, Any]) -> str:
-    return ", ".join(
-        str(value) if isinstance(value, str) else f"{key} {value}"
-        for key, value in (report.get("hardware") or {}).items()
-        if value not in (None, "")
-    )
 
 
 def _limits(report: dict[str, Any]) -> list[str]:

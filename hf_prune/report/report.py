@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -16,16 +17,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from hf_prune.checkpoint.saving import ARTIFACTS
 from hf_prune.errors import CheckpointError
+from hf_prune.report.table import lines, site_table, totals_table
 
 
 FORMAT, VERSION = "hf_prune.report", 1
-PLAIN_WIDTH = 110  # columns where there is no terminal
-_FEW = 8  # units that are named one by one in the table
+_PARTS = {"recipe", "seed", "model", "sites", "weights", "sparsity", "totals", "measured", "estimated", "verification"}
+_PARTS |= {"checkpoint", "notes", "hardware", "versions", "seconds"}
+PLAIN_WIDTH = 400  # columns where there is no terminal: more than tables need, so that no name is broken
 
 
 @dataclass
@@ -91,77 +93,21 @@ class PruningReport:
             raise CheckpointError(
                 f"{path} has version {content.get('version')!r}; this reads {VERSION}. Upgrade hf_prune."
             )
+        if missing := sorted(_PARTS - content.keys()):
+            raise CheckpointError(f"{path} is damaged: it lacks {missing[0]!r}")
         return cls(content)
 
     def __str__(self) -> str:
         buffer = io.StringIO()
         self.print_to(Console(file=buffer, width=PLAIN_WIDTH))
-        return buffer.getvalue().rstrip()
+        return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
 
     def print_to(self, console: Console) -> None:
         """Site by site, then dense beside pruned, then what tables don't say."""
-        console.print(self.site_table())
-        console.print(self.table())
-        for line in self.lines():
+        console.print(site_table(self.content))
+        console.print(totals_table(self.content))
+        for line in lines(self.content):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def site_table(self) -> Table:
-        """What left of each site, and what is kept."""
-        table = Table(title="what left", title_justify="left")
-        for column in ("target", "site", "of", "kept", "left"):
-            table.add_column(column, justify="right" if column in ("of", "kept") else "left", overflow="fold")
-        for site in self.content["sites"]:
-            if site["removed"]:
-                table.add_row(site["target"], site["name"], f"{site['n_units']:,}", f"{site['n_kept']:,}", _left(site))
-        for weight in self.content["weights"]:
-            n_entries, n_zero = weight["n_entries"], weight["n_zero"]
-            if n_zero:
-                kept = f"{n_entries - n_zero:,}"
-                table.add_row("weights", weight["name"], f"{n_entries:,}", kept, f"{n_zero / n_entries:.1%}")
-        return table
-
-    def table(self) -> Table:
-        """Dense beside pruned."""
-        content = self.content
-        table = Table(title=f"{content['model']['class']} pruned", title_justify="left")
-        table.add_column("")
-        for column in ("dense", "pruned", "change"):
-            table.add_column(column, justify="right")
-        dense, pruned = content["totals"]["dense"], content["totals"]["pruned"]
-        measured = content["measured"]
-        counted = ("parameters", "macs") if measured.get("bytes_on_disk") else ("parameters", "macs", "bytes")
-        rows = [(name, dense.get(name), pruned.get(name)) for name in counted]
-        for kind, unit in (("metrics", "{}"), ("bytes_on_disk", ""), ("latency_ms", "latency, batch of {} (ms)")):
-            values = measured.get(kind, {})
-            if kind == "bytes_on_disk" and values:
-                rows.append(("bytes on disk", values.get("dense"), values["pruned"]))
-            elif values:
-                dense_values = values.get("dense", {})  # not every run evaluates the dense model
-                rows += [(unit.format(name), dense_values.get(name), new) for name, new in values["pruned"].items()]
-        titles = {"macs": f"MACs, {_sample(content['totals'])}", "bytes": "bytes in memory"}
-        for name, old, new in rows:
-            table.add_row(titles.get(name, name), _shown(old), _shown(new), _change(old, new))
-        return table
-
-    def lines(self) -> list[str]:
-        """What the table does not say."""
-        content, lines = self.content, []
-        removed = {target: share for target, share in content["sparsity"].items() if target != "weights"}
-        if removed:
-            shares = ", ".join(f"{share:.1%} of {target}" for target, share in removed.items())
-            lines.append(f"left: {shares} (heads and neurons: of those in kept layers)")
-        if "weights" in content["sparsity"]:
-            zeros = content["sparsity"]["weights"]
-            lines.append(f"zero: {zeros:.1%} of the entries of pruned weights; zeros make no dense kernel faster")
-        check = content["verification"]
-        if check:
-            lines.append(
-                f"verified on {check['inputs']} inputs: the smaller model differs from the masked one by at most "
-                f"{check['max_difference']:.1e} of the largest output ({check['dtype']}, tolerance {check['tolerance']:.0e})"
-            )
-        if content["checkpoint"]:
-            lines.append(f"loads with {content['checkpoint']['loads_with']}: {content['checkpoint']['why']}")
-        return lines + [f"note: {note}" for note in content["notes"]]
 
 
 def plain_console(quiet: bool = False) -> Console:
@@ -172,7 +118,18 @@ def plain_console(quiet: bool = False) -> Console:
 def hardware() -> dict[str, Any]:
     """What the figures were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+    counts = {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"machine": platform.machine(), "cpu": _cpu_name(), **counts, "gpu": gpu}
+
+
+def _cpu_name() -> str | None:
+    """As the kernel names it; Python itself knows the name on some systems only."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or None
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return found[1].strip() if found else None
 
 
 def versions() -> dict[str, str]:
@@ -184,27 +141,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _left(site: Mapping[str, Any]) -> str:
-    removed = site["removed"]
-    if not site["n_kept"]:
-        return "all, with its layer"
-    share = f"{len(removed) / site['n_units']:.1%}"
-    return f"{share}: {', '.join(map(str, removed))}" if len(removed) <= _FEW else share
-
-
-def _sample(totals: Mapping[str, Any]) -> str:
-    shapes = totals.get("macs_of") or {}
-    shape = shapes.get("input_ids") or next(iter(shapes.values()), None)
-    return f"input {' × '.join(map(str, shape))}" if shape else "not counted"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _change(old: Any, new: Any) -> str:
-    return f"{new / old - 1:+.1%}" if old and new is not None else ""
