@@ -6,7 +6,7 @@ Expressible is tested, never assumed: an edited config is built on the meta devi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,23 +135,24 @@ def _prove(built: nn.Module, manifest: Any, wanted: Mapping[str, Any], views: Se
         )
 
 
-def allowed_sizes(model: nn.Module, sites: Sequence[Site]) -> list[int]:
+def allowed_sizes(model: nn.Module, sites: Sequence[Site], leaving: Collection[str] = ()) -> list[int]:
     """The numbers of kept units, the same in all `sites`, that the stock config can say; ascending.
 
-    A feed-forward width is free once one smaller width is; numbers of heads are tried one by one.
+    A feed-forward width is free once one smaller width is; numbers of heads are tried one by one. The sites with keys in
+    `leaving` go with their layers, so that any size will do for them.
     """
     largest = min(site.n_units for site in sites)
     config = _plain_copy(model.config)
     tried = range(1, largest) if sites[0].target == "attention_heads" else range(largest - 1, largest)
-    allowed = [size for size in tried if _says(model, config, sites, size)]
+    allowed = [size for size in tried if _says(model, config, sites, size, leaving)]
     if sites[0].target != "attention_heads" and allowed:
         allowed = list(range(1, largest))
     return [*allowed, largest]
 
 
-def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int) -> bool:
-    """Whether some edit gives every site of `sites`, and no other site, `size` units."""
-    before = _entries_by_site(model)
+def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int, leaving: Collection[str]) -> bool:
+    """Whether some edit gives every site of `sites`, and no other site that stays, `size` units."""
+    before = {key: n for key, n in _entries_by_site(model).items() if key not in leaving}
     wanted = before | {site.key: before[site.key] // site.n_units * size for site in sites}
     fields = WIDTH_FIELDS if sites[0].target == "ffn_neurons" else HEAD_FIELDS
     edit: Edit = {}
@@ -159,10 +160,10 @@ def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int) -> bo
         built = _build(model, _edited(config, {**edit, **one}))
         if built is None:
             continue
-        found = _entries_by_site(built)
+        found = {key: n for key, n in _entries_by_site(built).items() if key not in leaving}
         if found == wanted:
             return True
-        if all(found[key] in (before[key], wanted[key]) for key in before) and found != before:
+        if all(found.get(key) in (before[key], wanted[key]) for key in before) and found != before:
             edit = {**edit, **one}
     return False
 
@@ -175,9 +176,7 @@ def _build(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
     """The model's class on the meta device; None where the config's own checks refuse."""
     try:
         with torch.device("meta"):
-            built = type(model)(copy.deepcopy(config))
-        built.tie_weights()  # Transformers 5.0 leaves this out on the meta device
-        return built
+            return type(model)(copy.deepcopy(config))
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, AssertionError):
         return None
 
