@@ -59,7 +59,7 @@ def choose_units(
     limits = {site.key: _limit(step, int(eligible[site.key].sum())) for site in sites}
     choice = Choice({})
     if step.uniform:
-        wanted = _uniform_counts(step, sites, eligible, progress, allowed_sizes, limits)
+        wanted = _uniform_counts(step, sites, eligible, progress, allowed_sizes, limits, choice.notes)
     budget, owed = 0.0, 0.0
     if costs is not None:
         budget = costs.total * _fraction(step.sparsity)
@@ -75,18 +75,18 @@ def choose_units(
             owed += progress * budget * sum(most[site.key] for site in pool) / (sum(most.values()) or 1.0)
             counts, saved = ranking.counts_for_cost(costs, owed)
             owed -= saved
-        elif step.threshold is not None:
-            raw = {site.key: scores[site.key].float() for site in pool}
-            n_below = _n_below(step.threshold, pool, raw, eligible)
-            if n_below == 0:
-                choice.notes.append(f"threshold {step.threshold.rule} removes nothing from {_name(pool)}")
-            counts = ranking.counts_for(round(progress * n_below))
         else:
-            asked = round(progress * step.sparsity * ranking.n_eligible)
-            counts = ranking.counts_for(asked)
-            if sum(counts) < asked and sum(counts) == sum(limits[site.key] for site in pool):
+            asked, most_of = progress * (step.sparsity or 0.0) * ranking.n_eligible, ranking.limits
+            if step.threshold is not None:
+                below = _n_below(step.threshold, pool, scores, eligible)
+                asked = progress * sum(below)
+                most_of = [min(limit, n) for limit, n in zip(ranking.limits, below, strict=True)]
+                if not sum(below):
+                    choice.notes.append(f"threshold {step.threshold.rule} removes nothing from {_name(pool)}")
+            counts = ranking.counts_for(round(asked), most_of)
+            if sum(counts) < round(asked):
                 choice.notes.append(
-                    f"{_name(pool)}: {asked} of {ranking.n_eligible} units were to leave, {sum(counts)} could "
+                    f"{_name(pool)}: {round(asked)} of {ranking.n_eligible} units were to leave, {sum(counts)} could "
                     f"(min_keep {step.min_keep}, max_sparsity {step.max_sparsity})"
                 )
         choice.n_near_ties += ranking.n_near_ties(sum(counts))
@@ -114,14 +114,14 @@ class _Ranking:
         self.owner, self.unit, self.value = owner[order].tolist(), unit[order].tolist(), value[order]
         self.n_eligible = len(self.owner)
 
-    def counts_for(self, n_removed: int) -> list[int]:
+    def counts_for(self, n_removed: int, limits: Sequence[int]) -> list[int]:
         """How many leave each site if `n_removed` of the pool do, none more than its limit."""
         n_removed = max(n_removed, sum(self.before))
         counts = [0] * len(self.pool)
         for owner in self.owner:
             if n_removed == 0:
                 break
-            if counts[owner] < max(self.limits[owner], self.before[owner]):
+            if counts[owner] < max(limits[owner], self.before[owner]):
                 counts[owner] += 1
                 n_removed -= 1
         return counts
@@ -198,9 +198,13 @@ def _check_reachable(
         )
 
 
-def _n_below(threshold: Any, pool: Sequence[Site], scores: Masks, eligible: Mapping[str, Tensor]) -> int:
-    values = torch.cat([scores[site.key][eligible[site.key]] for site in pool])
-    return int((values < cut_of(threshold, values)).sum())
+def _n_below(
+    threshold: Any, pool: Sequence[Site], scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor]
+) -> list[int]:
+    """How many of each site lie below the threshold, which looks at the raw scores of the whole pool."""
+    values = [scores[site.key].float()[eligible[site.key]] for site in pool]
+    cut = cut_of(threshold, torch.cat(values))
+    return [int((of_site < cut).sum()) for of_site in values]
 
 
 def cut_of(threshold: Any, values: Tensor) -> Tensor | float:
@@ -252,6 +256,7 @@ def _uniform_counts(
     progress: float,
     allowed_sizes: Callable[[Sequence[Site]], Sequence[int]] | None,
     limits: Mapping[str, int],
+    notes: list[str],
 ) -> dict[str, int]:
     """How many units leave each site so that all of a size keep equally many."""
     if not isinstance(step.sparsity, float):
@@ -259,19 +264,30 @@ def _uniform_counts(
     wanted: dict[str, int] = {}
     by_size: dict[int, list[Site]] = {}
     for site in sites:
-        by_size.setdefault(int(eligible[site.key].sum()), []).append(site)
-    for there, group in by_size.items():
-        whole = there - max(there - limits[site.key] for site in group)
-        sizes = range(max(1, step.min_keep), there + 1) if allowed_sizes is None else allowed_sizes(group)
-        fitting = [s for s in sizes if there - whole <= s <= there and (s % step.round_to == 0 or s == there)]
-        if not [s for s in fitting if s < there] and step.sparsity > 0:
+        by_size.setdefault(site.n_units, []).append(site)
+    for n_units, group in by_size.items():
+        there = {site.key: int(eligible[site.key].sum()) for site in group}
+        least = max(n - limits[key] for key, n in there.items())
+        sizes = range(1, n_units + 1) if allowed_sizes is None else allowed_sizes(group)
+        fitting = [
+            size
+            for size in sizes
+            if least <= size <= min(there.values()) and (size % step.round_to == 0 or size == n_units)
+        ]
+        final = sum(there.values()) / len(group) * (1 - step.sparsity)
+        if not fitting or (min(fitting) == max(there.values()) and step.sparsity > 0):
+            narrowed = f" (round_to {step.round_to}, min_keep {step.min_keep} and max_sparsity {step.max_sparsity} leave {fitting})"
             raise RecipeError(
-                f"the stock config can't say a smaller equal size for {_name(group)} of {there} units; it allows "
-                f"{list(sizes)}. Drop `uniform`: the checkpoint then loads with hf_prune or trust_remote_code"
+                f"the stock config can't say a smaller equal size for {_name(group)} of {n_units} units; it allows "
+                f"{list(sizes)}{narrowed if fitting != list(sizes) else ''}. Drop `uniform`: the checkpoint then loads "
+                "with hf_prune or trust_remote_code"
             )
-        final = there * (1 - step.sparsity)
         kept = min(fitting, key=lambda size: (abs(size - final), -size))
-        wanted |= {site.key: round(progress * (there - kept)) for site in group}
+        if abs(kept - final) > 0.5:
+            notes.append(
+                f"{_name(group)}: {final:g} of {n_units} units were to stay; the nearest size allowed is {kept}"
+            )
+        wanted |= {key: round(progress * (n - kept)) for key, n in there.items()}
     return wanted
 
 
