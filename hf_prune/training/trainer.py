@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_prune.apply.masks import enforce_
 from hf_prune.calibration.batches import take
+from hf_prune.checkpoint.renamed import load_renamed_
 from hf_prune.checkpoint.saving import ARTIFACTS, add_side_files, is_pruned
 from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.pipeline import RecipeLike
@@ -66,7 +67,14 @@ class PruningMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.recipe is not None:
+            load_renamed_(unwrap(self.model), resume_from_checkpoint)
         self._resumed_from = resume_from_checkpoint
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.recipe is not None and self.state.best_model_checkpoint is not None:
+            load_renamed_(unwrap(self.model), self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
