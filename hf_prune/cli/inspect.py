@@ -29,7 +29,7 @@ def inspect(
     from hf_prune.job import meta_model
     from hf_prune.structure import inspect_model
 
-    structure = inspect_model(meta_model(model, revision=revision))
+    structure = inspect_model(meta_model(model, revision=revision, key="MODEL"))
     if not as_json:
         typer.echo(str(structure))
         return

@@ -35,7 +35,7 @@ _USERS_OWN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 def main() -> None:
     """Run the command line: 0 on success, 2 with one message on a user's mistake, 1 on a fault."""
     try:
-        app()
+        app(prog_name="hf-prune")
     except PruneError as error:
         _fail(str(error))
     except BrokenPipeError:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_prune.errors import RecipeError
+
 
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
@@ -33,6 +35,8 @@ def run(
     from hf_prune.recipe import Recipe
     from hf_prune.recipe.shipped import find_recipe
 
+    if plan_only and smoke:
+        raise RecipeError("--plan-only reads sizes and --smoke tries the steps; give one of them")
     checked = Recipe.from_yaml(find_recipe(recipe), overrides or ())
     quiet()
     from accelerate import PartialState

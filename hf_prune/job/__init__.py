@@ -1,6 +1,7 @@
 """`hf-prune run`: load, train dense and pruned, verify, evaluate, save, report, push; or a look ahead."""
 
-from hf_prune.job.preview import meta_model, plan_only, smoke
+from hf_prune.job.models import meta_model
+from hf_prune.job.preview import plan_only, smoke
 from hf_prune.job.progress import Stages
 from hf_prune.job.run import run
 

@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, default_data_collator
 
 from hf_prune.checkpoint import allowed_sizes
-from hf_prune.errors import CheckpointError, RecipeError, UnsupportedModelError
+from hf_prune.errors import CheckpointError, RecipeError
+from hf_prune.job.fit import check_fit, of_sizes, totals
+from hf_prune.job.models import meta_model, model_class, read_config
 from hf_prune.job.progress import Stages
 from hf_prune.job.run import compare
-from hf_prune.job.sources import resolve
-from hf_prune.job.tasks import Prepared, accuracy, model_class
-from hf_prune.pipeline import apply_, finish_, make_plan
+from hf_prune.job.tasks import Prepared, accuracy
+from hf_prune.pipeline import apply_, finish_
+from hf_prune.planning import make_plan
 from hf_prune.recipe import Recipe
-from hf_prune.recipe.schema import Criterion
+from hf_prune.recipe.fields import MacBudget
 from hf_prune.report import PruningReport
-from hf_prune.report.build import Totals, first_sample, measure_totals
 from hf_prune.structure import inspect_model
-from hf_prune.structure.inputs import example_inputs
 
 
 # of a smoke test's model, where no config can be read
@@ -44,86 +43,33 @@ def plan_only(recipe: Recipe) -> PruningReport:
     if recipe.model is None:
         raise RecipeError("--plan-only needs the recipe's section 'model'")
     model = meta_model(recipe.model.name_or_path, recipe.model.task, recipe.model.revision)
-    notes, steps = [], []
+    check_fit(recipe, model)
+    dense = totals(model)
+    notes = []
     for number, step in enumerate(recipe.prune):
         if step.target == "weights":
             notes.append(f"prune.{number}: single weights become zero; no size changes")
         elif step.threshold is not None:
             notes.append(f"prune.{number}: what a threshold removes depends on the weights or data; left out here")
-        else:
-            if step.scope == "global" and step.remove is None:
-                notes.append(
-                    f"prune.{number}: under scope global the sizes of single sites follow the scores; made up"
-                )
-            steps.append(step.model_copy(update={"criterion": Criterion(name="random")}))
-    for number, step in enumerate(recipe.prune):
+        elif isinstance(step.sparsity, MacBudget) and dense.macs is None:
+            notes.append(f"prune.{number}: this model's MACs can't be counted without its weights; left out here")
+        elif step.scope == "global" and step.remove is None:
+            notes.append(f"prune.{number}: under scope global the sizes of single sites follow the scores; made up")
         if step.target in ("ffn_neurons", "attention_heads"):
             sites = inspect_model(model).of(step.target)
             sizes = allowed_sizes(model, sites) if sites else []
             if sizes:
                 said = f"{_ranges(sizes[:-1])} of {sizes[-1]}" if len(sizes) > 1 else f"no fewer than {sizes[-1]}"
                 notes.append(f"prune.{number}: equal sites of {said} {step.target} load without hf_prune")
-    planned = recipe.model_copy(update={"prune": tuple(steps)})
-    dense = _totals(model)
-    plan = make_plan(model, planned)
-    apply_(model, plan)
-    report = finish_(model, planned, plan=plan, verify=False, dense=dense)
+    planned = of_sizes(recipe, with_macs=dense.macs is not None)
+    plan = None
+    if planned is not None:
+        plan = make_plan(model, planned)
+        apply_(model, plan)
+    report = finish_(model, recipe, plan=plan, verify=False, dense=dense)
     report.content["notes"] = [note for note in report.content["notes"] if not note.startswith("not verified")] + notes
     report.content["model"]["name_or_path"] = recipe.model.name_or_path
     return report
-
-
-def _totals(model: nn.Module) -> Totals:
-    """Of a model on the meta device; no MACs where its code asks for a number that only real tensors have."""
-    try:
-        sample = first_sample([example_inputs(model)])
-        assert sample is not None
-        sample.pop("attention_mask", None)  # all ones, and code looks into it
-        return measure_totals(model, sample)
-    except (RuntimeError, NotImplementedError, UnsupportedModelError):
-        return measure_totals(model, None)
-
-
-def meta_model(name_or_path: str, task: str | None = None, revision: str | None = None) -> nn.Module:
-    """The model that a config describes, on the meta device: shapes, no memory.
-
-    Args:
-        name_or_path: a Hub id, a directory, or `package:NAME/PATH`.
-        task: of a recipe; None takes the class that the config names.
-        revision: on the Hub.
-
-    Raises:
-        CheckpointError: the config can't be read or builds no model.
-    """
-    import transformers
-
-    config = read_config(name_or_path, revision)
-    named = (getattr(config, "architectures", None) or [""])[0]
-    auto = model_class(task) if task else None
-    try:
-        with torch.device("meta"):
-            if auto is None and hasattr(transformers, named):
-                return getattr(transformers, named)(config).eval()
-            return (auto or transformers.AutoModel).from_config(config).eval()
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the config of {name_or_path} builds no model: {' '.join(str(error).split())}"
-        ) from error
-
-
-def read_config(name_or_path: str, revision: str | None = None) -> Any:
-    """The config of a model.
-
-    Raises:
-        CheckpointError: it can't be read.
-    """
-    path = resolve(name_or_path, "model.name_or_path")
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"model.name_or_path: no config of {name_or_path!r} can be read: {' '.join(str(error).split())[:400]}"
-        ) from error
 
 
 def smoke(recipe: Recipe, stages: Stages) -> PruningReport:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,16 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hf_prune.apply.verify import TOLERANCES
 from hf_prune.calibration.batches import take
-from hf_prune.checkpoint.saving import MARKER, update_side_files
+from hf_prune.checkpoint.saving import update_side_files
 from hf_prune.errors import PruneError, RecipeError, VerificationError
 from hf_prune.hub.push import push_folder
-from hf_prune.job.measure import latency_ms, weight_bytes
+from hf_prune.job.fit import check_fit
+from hf_prune.job.measure import latency_ms
+from hf_prune.job.models import check_files, meta_model, model_class
+from hf_prune.job.output import TRAINING, check_output, save, writing
 from hf_prune.job.progress import Stages
-from hf_prune.job.sources import load_splits, resolve
-from hf_prune.job.tasks import Prepared, metrics_of, model_class, prepare
+from hf_prune.job.sources import load_splits, one_line, resolve
+from hf_prune.job.tasks import Prepared, metrics_of, prepare
 from hf_prune.pipeline import prune_
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.schema import OutputSection
@@ -31,7 +32,6 @@ from hf_prune.report import PruningReport
 from hf_prune.training import PruningTrainer
 
 
-TRAINING = "training"  # the folder for checkpoints of training, inside the output directory
 BATCH_SIZES = (1, 8)
 # card fields that a pruned model inherits from the one it was made from
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -53,26 +53,56 @@ def run(recipe: Recipe, stages: Stages) -> PruningReport:
     Raises:
         PruneError: a mistake in the recipe, the data or the directories; nothing is half-written.
     """
-    for section in ("model", "data"):
-        if getattr(recipe, section) is None:
-            raise RecipeError(f"`hf-prune run` needs the recipe's section {section!r}; see recipes/quickstart.yaml")
+    check(recipe)
     assert recipe.data is not None
     output = recipe.output or OutputSection()
-    check_output(Path(output.dir))
-    arguments(recipe, Path(output.dir))  # whether they can be accepted, before anything is read
     with stages.stage("data"), PartialState().main_process_first():
         task = prepare(recipe, *load_splits(recipe.data, recipe.seed))
     report = compare(recipe, task, Path(output.dir), stages)
     if output.push_to_hub and PartialState().is_main_process:
         with stages.stage("push"):
-            report.content["pushed_to"] = push_folder(
-                output.dir, output.repo_id or Path(output.dir).absolute().name, private=output.private
-            )
+            report.content["pushed_to"] = push_folder(output.dir, _repo_id(output), private=output.private)
     return report
+
+
+def check(recipe: Recipe) -> None:
+    """All that can be known before data and weights are read: sections, directories, arguments, the model's sizes.
+
+    Raises:
+        PruneError: a mistake in one of them.
+    """
+    for section in ("model", "data"):
+        if getattr(recipe, section) is None:
+            raise RecipeError(
+                f"`hf-prune run` needs the recipe's section {section!r}; `hf-prune recipes` lists recipes that have it"
+            )
+    assert recipe.model is not None and recipe.data is not None
+    output = recipe.output or OutputSection()
+    directory = Path(output.dir)
+    resuming = bool((recipe.training or {}).get("resume_from_checkpoint"))
+    check_output(directory, resuming=resuming)
+    arguments(recipe, directory)
+    if output.push_to_hub:
+        _check_push(_repo_id(output))
+    resolve(recipe.data.name_or_path, "data.name_or_path")
+    model = meta_model(recipe.model.name_or_path, recipe.model.task, recipe.model.revision)
+    check_files(recipe.model)
+    check_fit(recipe, model)
 
 
 def compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> PruningReport:
     """Train and evaluate dense and pruned, measure both, save the pruned one and load it again."""
+    was_there = directory.exists()
+    try:
+        return _compare(recipe, task, directory, stages)
+    finally:
+        if PartialState().is_main_process:
+            _remove_empty(directory / TRAINING)
+            if not was_there and directory.exists() and not any(directory.iterdir()):
+                directory.rmdir()
+
+
+def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> PruningReport:
     models: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
     report: PruningReport | None = None
@@ -80,7 +110,7 @@ def compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> 
         set_seed(recipe.seed)  # so that new heads begin alike
         trainer = _trainer(recipe if side == "pruned" else None, recipe, task, directory / TRAINING / side)
         if recipe.training is not None:
-            with stages.stage(f"{side}: training") as bar:
+            with stages.stage(f"{side}: training") as bar, writing(directory / TRAINING / side):
                 trainer.add_callback(bar)
                 trainer.train(resume_from_checkpoint=_checkpoint_to_resume(trainer))
                 trainer.remove_callback(bar)
@@ -96,34 +126,13 @@ def compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> 
         with stages.stage("measuring"):
             report.content["measured"] = {"metrics": metrics, **_measured(models, task)}
         with stages.stage("saving"):
-            _save(models, task, report, recipe, directory)
+            save(models, task.processor, report, recipe, directory)
             report.content["checkpoint"]["reload_difference"] = _reload_difference(recipe, task, models, directory)
         report.content["seconds"] |= {name.replace(": ", "_"): seconds for name, seconds in stages.seconds.items()}
         report.attach_(models["pruned"], _metadata(recipe))
         update_side_files(models["pruned"], directory)
-        _remove_empty(directory / TRAINING)
     PartialState().wait_for_everyone()
     return report
-
-
-def check_output(directory: Path) -> None:
-    """Refuse a directory that holds something else than an earlier run of ours.
-
-    Raises:
-        PruneError: it does, or it is a file, or it can't be written.
-    """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if directory.exists() and not directory.is_dir():
-        raise PruneError(f"output.dir: {directory} is a file; give a directory")
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise PruneError(f"output.dir: {directory} can't be written, because of {existing}; choose another one")
-    held = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    is_ours = held <= {TRAINING} or held & {MARKER, "pruning_report.json"}
-    if not is_ours:
-        raise PruneError(
-            f"output.dir: {directory} holds something else ({', '.join(sorted(held)[:3])}); nothing was touched. "
-            "Choose another directory (output.dir=…) or empty this one."
-        )
 
 
 def arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
@@ -143,7 +152,25 @@ def arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
     try:
         return TrainingArguments(output_dir=str(directory), **{**defaults, **given})
     except (TypeError, ValueError, ImportError, OSError) as error:
-        raise RecipeError(f"training: TrainingArguments says: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"training: TrainingArguments says: {one_line(error)}") from error
+
+
+def _repo_id(output: OutputSection) -> str:
+    return output.repo_id or Path(output.dir).absolute().name
+
+
+def _check_push(repo_id: str) -> None:
+    """What would make a push fail after hours of work."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise RecipeError(f"output.repo_id: {one_line(error)}") from error
+    if get_token() is None:
+        raise PruneError("output.push_to_hub: there is no token; run `hf auth login` or set HF_TOKEN first")
 
 
 def _trainer(pruning: Recipe | None, recipe: Recipe, task: Prepared, directory: Path) -> PruningTrainer:
@@ -186,19 +213,6 @@ def _measured(models: Mapping[str, nn.Module], task: Prepared) -> dict[str, Any]
         for side, milliseconds in latency_ms(models, task.batch(batch_size)).items():
             latency[side][str(batch_size)] = milliseconds
     return {"latency_ms": latency}
-
-
-def _save(models: Mapping[str, Any], task: Prepared, report: PruningReport, recipe: Recipe, directory: Path) -> None:
-    """Model and processor into `directory`, the bytes of both models' files into the report."""
-    assert recipe.model is not None
-    if not Path(recipe.model.name_or_path).exists():
-        report.content["model"]["name_or_path"] = recipe.model.name_or_path
-    models["pruned"].save_pretrained(directory)
-    task.processor.save_pretrained(directory)
-    with tempfile.TemporaryDirectory(prefix="hf_prune-") as scratch:
-        models["dense"].save_pretrained(scratch)
-        sides: dict[str, str | Path] = {"dense": scratch, "pruned": directory}
-        report.content["measured"]["bytes_on_disk"] = {side: weight_bytes(path) for side, path in sides.items()}
 
 
 @torch.no_grad()

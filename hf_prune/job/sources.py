@@ -11,6 +11,7 @@ from hf_prune.recipe.schema import DataSection
 
 
 _PACKAGE = "package:"
+_LONGEST = 300  # characters of another library's message
 # suffix -> loader of `datasets`
 _FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tiff"}
@@ -61,16 +62,46 @@ def load_splits(data: DataSection, seed: int) -> tuple[Any, Any]:
     path = resolve(data.name_or_path, "data.name_or_path")
     try:
         splits = _load(path, data)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RecipeError(f"data.name_or_path: {data.name_or_path!r} can't be read: {reason}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, datasets.exceptions.DatasetsError) as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__  # what datasets says itself is "an error occurred"
+        raise RecipeError(f"data.name_or_path: {data.name_or_path!r} can't be read: {one_line(root)}") from error
     if data.train_split not in splits:
         raise RecipeError(f"data.train_split: {data.train_split!r} is not among {', '.join(splits)}")
     train, evaluation = splits[data.train_split], _evaluation(splits, data)
     if evaluation is None:
+        if len(train) < 2:
+            raise RecipeError(
+                f"data.name_or_path: {data.name_or_path!r} has {_samples(train)}, too few to train and evaluate on; "
+                "give at least two"
+            )
         halves = train.train_test_split(test_size=data.test_size, seed=seed)
         train, evaluation = halves["train"], halves["test"]
+    for name, split in (("training", train), ("evaluation", evaluation)):
+        if not len(split):
+            raise RecipeError(f"data.name_or_path: the {name} split of {data.name_or_path!r} is empty; give samples")
     return _first(train, data.max_train_samples, seed), _first(evaluation, data.max_eval_samples, seed)
+
+
+def require_column(split: Any, column: str, key: str) -> None:
+    """Refuse data without a column that the recipe's `data.<key>` names.
+
+    Raises:
+        RecipeError: it isn't there; the message lists those that are.
+    """
+    if column not in split.column_names:
+        raise RecipeError(f"data.{key}: the data have no column {column!r}; they have {', '.join(split.column_names)}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, as a part of a message: in one line, cut where it rambles."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…"
+
+
+def _samples(split: Any) -> str:
+    return "1 sample" if len(split) == 1 else f"{len(split)} samples"
 
 
 def _load(path: str, data: DataSection) -> Any:

@@ -1,4 +1,4 @@
-"""What differs between the tasks of `hf-prune run`: Auto class, preparation of samples, metric."""
+"""What differs between the tasks of `hf-prune run`: preparation of samples, metric."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_prune.errors import CheckpointError, RecipeError
-from hf_prune.job.sources import resolve
+from hf_prune.errors import RecipeError
+from hf_prune.job.labels import Labels
+from hf_prune.job.models import load_image_processor, load_model, load_tokenizer, read_config
+from hf_prune.job.sources import one_line, require_column
 from hf_prune.recipe import Recipe
 
 
@@ -51,24 +53,19 @@ def metrics_of(evaluated: Mapping[str, float]) -> dict[str, float]:
     return {"perplexity": math.exp(min(loss, 700.0)), "loss": loss}
 
 
-def model_class(task: str) -> Any:
-    """The Auto class of a task."""
-    import transformers
-
-    return getattr(transformers, _AUTO_CLASSES[task])
-
-
 def _text_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import DataCollatorWithPadding
 
     data = recipe.data
     assert data is not None
-    tokenizer = _pretrained(AutoTokenizer, recipe)
-    labels = Labels(train, evaluation, data.label_column)
-    _require_column(train, data.text_column, "text_column")
+    config, tokenizer = _config(recipe), load_tokenizer(recipe)
+    _require_length(recipe, tokenizer, config)
+    labels = Labels(train, evaluation, data.label_column, config)
+    _require_text(data.text_column, train, evaluation)
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(batch[data.text_column], truncation=True, max_length=data.max_length)
+        _require_known(encoded["input_ids"], config, tokenizer)
         return {**encoded, "labels": labels.numbers(batch[data.label_column])}
 
     train, evaluation = _mapped(encode, train, evaluation)
@@ -77,46 +74,50 @@ def _text_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepare
         evaluation,
         tokenizer,
         DataCollatorWithPadding(tokenizer),
-        lambda: _pretrained(model_class("text-classification"), recipe, **labels.config()),
+        lambda: load_model(recipe, **labels.config()),
         accuracy,
     )
 
 
 def _text_generation(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
-    from transformers import AutoTokenizer, default_data_collator
+    from transformers import default_data_collator
 
     data = recipe.data
     assert data is not None
-    tokenizer = _pretrained(AutoTokenizer, recipe)
-    _require_column(train, data.text_column, "text_column")
+    config, tokenizer = _config(recipe), load_tokenizer(recipe)
+    _require_length(recipe, tokenizer, config)
+    _require_text(data.text_column, train, evaluation)
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         # texts one after the other, in blocks of equal length; the rest of a batch of texts is dropped
         ids = [token for text in tokenizer(batch[data.text_column])["input_ids"] for token in text]
         blocks = [ids[i : i + data.max_length] for i in range(0, len(ids) - data.max_length + 1, data.max_length)]
+        _require_known(blocks, config, tokenizer)
         return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
     train, evaluation = _mapped(encode, train, evaluation)
     for name, split in (("training", train), ("evaluation", evaluation)):
         if not len(split):
-            raise RecipeError(f"the {name} data give no block of {data.max_length} tokens; lower data.max_length")
-    return Prepared(
-        train,
-        evaluation,
-        tokenizer,
-        default_data_collator,
-        lambda: _pretrained(model_class("text-generation"), recipe),
-    )
+            raise RecipeError(
+                f"data.max_length: the {name} data are shorter than one block of {data.max_length} tokens; lower it, or "
+                "give more text"
+            )
+    return Prepared(train, evaluation, tokenizer, default_data_collator, lambda: load_model(recipe))
 
 
 def _image_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
-    from transformers import AutoImageProcessor, default_data_collator
+    from transformers import default_data_collator
 
     data = recipe.data
     assert data is not None
-    processor = _pretrained(AutoImageProcessor, recipe)
-    labels = Labels(train, evaluation, data.label_column)
-    _require_column(train, data.image_column, "image_column")
+    config, processor = _config(recipe), load_image_processor(recipe)
+    labels = Labels(train, evaluation, data.label_column, config)
+    for split in (train, evaluation):
+        require_column(split, data.image_column, "image_column")
+        if type(split.features[data.image_column]).__name__ != "Image":
+            raise RecipeError(
+                f"data.image_column: {data.image_column!r} holds {split.features[data.image_column]}; expected images"
+            )
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch[data.image_column]]
@@ -128,7 +129,7 @@ def _image_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepar
         evaluation,
         processor,
         default_data_collator,
-        lambda: _pretrained(model_class("image-classification"), recipe, **labels.config()),
+        lambda: load_model(recipe, **labels.config()),
         accuracy,
     )
 
@@ -138,59 +139,48 @@ _TASKS: dict[str, Callable[[Recipe, Any, Any], Prepared]] = {
     "text-generation": _text_generation,
     "image-classification": _image_classification,
 }
-_AUTO_CLASSES = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "text-generation": "AutoModelForCausalLM",
-    "image-classification": "AutoModelForImageClassification",
-}
 
 
-class Labels:
-    """The classes of a data set, whether it names them (ClassLabel) or holds strings or numbers."""
-
-    def __init__(self, train: Any, evaluation: Any, column: str):
-        _require_column(train, column, "label_column")
-        names = getattr(train.features[column], "names", None)
-        self._is_numbered = names is not None
-        found = names or sorted({*train.unique(column), *evaluation.unique(column)}, key=str)
-        self.names = [str(name) for name in found]
-        self._number_of = {name: number for number, name in enumerate(found)}
-
-    def numbers(self, values: list[Any]) -> list[int]:
-        return list(values) if self._is_numbered else [self._number_of[value] for value in values]
-
-    def config(self) -> dict[str, Any]:
-        """What a classifier's config says of its classes."""
-        return {
-            "num_labels": len(self.names),
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: number for number, name in enumerate(self.names)},
-        }
-
-
-def _pretrained(auto: Any, recipe: Recipe, **options: Any) -> Any:
-    """`auto.from_pretrained` of the recipe's model, with a user's mistakes told in one line."""
-    section = recipe.model
-    assert section is not None
-    path = resolve(section.name_or_path, "model.name_or_path")
-    if "num_labels" in options or auto.__name__ == "AutoModelForCausalLM":
-        options["dtype"] = getattr(torch, section.dtype or "float32")
-    try:
-        return auto.from_pretrained(path, revision=section.revision or "main", **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"model.name_or_path: {auto.__name__} can't load {section.name_or_path!r}: {reason[:400]}"
-        ) from error
+def _config(recipe: Recipe) -> Any:
+    assert recipe.model is not None
+    return read_config(recipe.model.name_or_path, recipe.model.revision)
 
 
 def _mapped(encode: Any, *splits: Any) -> list[Any]:
-    return [split.map(encode, batched=True, remove_columns=split.column_names) for split in splits]
+    try:
+        return [split.map(encode, batched=True, remove_columns=split.column_names) for split in splits]
+    except OSError as error:  # also of pictures that are none
+        raise RecipeError(f"data.name_or_path: a sample can't be read: {one_line(error)}") from error
 
 
-def _require_column(split: Any, column: str, key: str) -> None:
-    if column not in split.column_names:
-        raise RecipeError(f"data.{key}: the data have no column {column!r}; they have {', '.join(split.column_names)}")
+def _require_text(column: str, *splits: Any) -> None:
+    for split in splits:
+        require_column(split, column, "text_column")
+        dtype = getattr(split.features[column], "dtype", None)
+        if dtype not in ("string", "large_string"):
+            raise RecipeError(f"data.text_column: {column!r} holds {dtype or split.features[column]}; expected text")
+        missing = sum(text is None for text in split[column][:])
+        if missing:
+            raise RecipeError(f"data.text_column: {missing} of {len(split)} samples have no {column!r}; drop them")
+
+
+def _require_length(recipe: Recipe, tokenizer: Any, config: Any) -> None:
+    assert recipe.data is not None
+    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    most = min(limit for limit in (*limits, math.inf) if isinstance(limit, (int, float)) and limit > 0)
+    if recipe.data.max_length > most:
+        raise RecipeError(
+            f"data.max_length: {recipe.data.max_length} tokens are more than the model's {most} positions; lower it"
+        )
+
+
+def _require_known(blocks: list[list[int]], config: Any, tokenizer: Any) -> None:
+    largest = max((max(ids) for ids in blocks if ids), default=0)
+    if largest >= config.vocab_size:
+        raise RecipeError(
+            f"model.name_or_path: the tokenizer gives the token {tokenizer.convert_ids_to_tokens(largest)!r} the number "
+            f"{largest}, but the model knows {config.vocab_size} tokens: they don't belong together"
+        )
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

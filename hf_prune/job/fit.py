@@ -1,0 +1,61 @@
+"""Whether a recipe can be met on a model of given sizes, told before any weight is read."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_prune.allocation import select_sites
+from hf_prune.calibration.batches import first_sample
+from hf_prune.errors import RecipeError, UnsupportedModelError
+from hf_prune.pipeline import make_plan
+from hf_prune.recipe import Recipe
+from hf_prune.recipe.fields import Criterion, MacBudget
+from hf_prune.report.build import Totals, measure_totals
+from hf_prune.structure import inspect_model, require_sites
+from hf_prune.structure.inputs import example_inputs
+
+
+def check_fit(recipe: Recipe, model: nn.Module) -> None:
+    """Whether the recipe can be met on a model of such sizes: what is named is there, nothing is emptied, budgets and
+    patterns fit. What depends on scores is left to the run. On the meta device it costs no memory.
+
+    Raises:
+        RecipeError: it can't.
+        UnsupportedModelError: the model has no unit of a target, with the reason.
+    """
+    structure = inspect_model(model)
+    for number, step in enumerate(recipe.prune):
+        if step.target != "weights":
+            require_sites(structure, step.target)
+            select_sites(step, structure.of(step.target))
+            continue
+        for site in select_sites(step, structure.weights):
+            d_in, m = site.shape[site.reduction_dim], step.pattern.m
+            if m is not None and d_in % m:
+                raise RecipeError(
+                    f"prune.{number}.pattern: {m} of {step.pattern.n}:{m} does not divide the {d_in} inputs of "
+                    f"{site.name}; add it to exclude"
+                )
+    planned = of_sizes(recipe, with_macs=totals(model).macs is not None)
+    if planned is not None:
+        make_plan(model, planned)
+
+
+def of_sizes(recipe: Recipe, *, with_macs: bool) -> Recipe | None:
+    """The steps whose numbers follow from sizes alone, with random scores; None if there are none."""
+    steps = tuple(
+        step.model_copy(update={"criterion": Criterion(name="random")})
+        for step in recipe.prune
+        if step.target != "weights"
+        and step.threshold is None
+        and (with_macs or not isinstance(step.sparsity, MacBudget))
+    )
+    return recipe.model_copy(update={"prune": steps}) if steps else None
+
+
+def totals(model: nn.Module) -> Totals:
+    """Of a model on the meta device; no MACs where its code asks for a number that only real tensors have."""
+    try:
+        return measure_totals(model, first_sample([example_inputs(model)]))
+    except (RuntimeError, NotImplementedError, UnsupportedModelError):
+        return measure_totals(model, None)
