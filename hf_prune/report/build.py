@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_prune.apply.present import dropped_blocks, is_inside, present_entries, sparsity
 from hf_prune.checkpoint.format import auto_class
 from hf_prune.plan import KeepMasks
+from hf_prune.recipe import Recipe
 from hf_prune.report.report import PruningReport, hardware, versions
 from hf_prune.structure import ModelStructure, Site, WeightSite
 from hf_prune.structure.cost import count_macs, count_parameters
@@ -44,7 +45,7 @@ def measure_totals(model: nn.Module, sample: Mapping[str, Any] | None) -> Totals
 
 def build_report(
     model: nn.Module,
-    recipe: Any,
+    recipe: Recipe,
     *,
     structure: ModelStructure,
     masks: KeepMasks,
@@ -76,7 +77,7 @@ def build_report(
         {
             "format": "hf_prune.report",
             "version": 1,
-            "recipe": recipe.to_dict(),
+            "recipe": public_recipe(recipe),
             "seed": recipe.seed,
             "model": {
                 "name_or_path": _public_name(getattr(config, "_name_or_path", "") or ""),
@@ -121,6 +122,16 @@ def _weights(site: WeightSite, structure: ModelStructure, masks: KeepMasks) -> d
         "n_entries": int(present.sum()),
         "n_zero": int((present & ~masks.weights[site.name]).sum()),
     }
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it may be shared: of absolute paths `./` and the last part only. Tokens it never holds."""
+    content = recipe.to_dict()
+    for section, key in (("model", "name_or_path"), ("data", "name_or_path"), ("output", "dir")):
+        value = (content.get(section) or {}).get(key)
+        if value and Path(value).expanduser().is_absolute():
+            content[section][key] = f"./{Path(value).name}"
+    return content
 
 
 def _public_name(name_or_path: str) -> str:

@@ -12,6 +12,7 @@ import hf_prune
 from hf_prune.errors import CheckpointError
 from hf_prune.job.measure import weight_bytes
 from hf_prune.report import PruningReport
+from hf_prune.report.build import public_recipe
 from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
@@ -228,6 +229,23 @@ def test_a_local_path_is_not_shared_and_is_no_hub_id(tmp_path):
     assert report.to_dict()["model"]["name_or_path"] == "./model"
     for text in model._hf_prune_artifacts.values():
         assert "secret" not in text and "base_model" not in text
+
+
+def test_the_recipe_that_is_shared_has_no_path_of_the_machine():
+    recipe = hf_prune.Recipe.from_dict(
+        {
+            "version": 1,
+            "model": {"name_or_path": "/home/ada/secret/model", "task": "text-classification"},
+            "data": {"name_or_path": "owner/data"},
+            "output": {"dir": "~/secret/out"},
+            "prune": [{"target": "ffn_neurons", "sparsity": 0.5}],
+        }
+    )
+    shared = public_recipe(recipe)
+    assert "secret" not in json.dumps(shared)
+    assert (shared["model"]["name_or_path"], shared["output"]["dir"]) == ("./model", "./out")
+    assert shared["data"]["name_or_path"] == "owner/data"
+    assert hf_prune.Recipe.from_dict(shared).prune == recipe.prune
 
 
 # --------------------------------------------------------------------------------------------------------------
