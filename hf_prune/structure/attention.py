@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 from torch import nn
 
@@ -210,11 +211,16 @@ def _refuse_unknown(name: str, module: nn.Module, known: set[str], n_heads: int)
 
 def _reads_config(module: nn.Module, field: str) -> bool:
     """Whether `forward` reads `self.config.<field>`: then the module needs a view of the config with its own number."""
+    return re.search(rf"self\.config\.{field}\b", _source_of_forward(type(module))) is not None
+
+
+@cache
+def _source_of_forward(kind: type[nn.Module]) -> str:
+    """Kept, because Python takes a class's file apart to find it."""
     try:
-        source = inspect.getsource(type(module).forward)
+        return inspect.getsource(kind.forward)
     except (OSError, TypeError):
-        return False  # a generated class has no source; verification is the safety net
-    return re.search(rf"self\.config\.{field}\b", source) is not None
+        return ""  # a generated class has no source; verification is the safety net
 
 
 def _path_in_stack(name: str, stacks: dict[str, tuple[str, ...]]) -> str:
