@@ -1,0 +1,77 @@
+"""Pruned checkpoints in real environments that have PyTorch and Transformers and no hf_prune."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_prune.structure.inputs import example_inputs
+from tests import zoo
+from tests.checkpoint.shrunk import outputs, shrink_
+
+
+ROOT = Path(__file__).parents[2]
+# name -> whether the sites are cut unevenly, which no stock config can say
+CASES = [(name, uneven) for name in ("bert", "gpt2", "llama", "t5") for uneven in (True, False)]
+TARGETS = {True: ("ffn_neurons", "attention_heads", "layers"), False: ("ffn_neurons", "layers")}
+
+
+def pinned(constraints, package):
+    return re.search(rf"^{package}==(.+)$", (ROOT / constraints).read_text(), re.MULTILINE)[1]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with every case, saved here, and what it computed here."""
+    for name, uneven in CASES:
+        model = zoo.build(name)
+        verdict = shrink_(model, TARGETS[uneven], uneven)
+        assert (verdict.loads_with == "hf_prune") == uneven
+        place = tmp_path / "models" / f"{name}-{'uneven' if uneven else 'even'}"
+        model.save_pretrained(place / "model")
+        model.save_pretrained(place / "sharded", max_shard_size="10KB")
+        assert len(list((place / "sharded").glob("model-*.safetensors"))) > 1
+        inputs = example_inputs(model)
+        expected = outputs(model, inputs)["logits"].contiguous()
+        save_file({**inputs, "expected": expected}, place / "outputs.safetensors")
+        facts = {
+            "auto": zoo.MODELS[name][2].__name__,
+            "manifest": uneven,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        (place / "facts.json").write_text(json.dumps(facts))
+    return tmp_path / "models"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("which", "directory", "constraints"),
+    [
+        ("newest", ".venv-without", "constraints.txt"),
+        ("oldest", ".venv-without-oldest", "constraints-oldest.txt"),
+    ],
+)
+def test_loads_where_hf_prune_is_not_installed(which, directory, constraints, saved, tmp_path):
+    make = f"set -euo pipefail; source scripts/_environment.sh; make_bare_environment {which}"
+    subprocess.run(["bash", "-c", make], cwd=ROOT, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    program = Path(__file__).with_name("loads.py")
+    done = subprocess.run(
+        [ROOT / directory / "bin" / "python", program, saved],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["transformers"] == pinned(constraints, "transformers")
+    assert len(said["checked"]) == len(CASES)
+    assert torch.__version__.split("+")[0] == pinned(constraints, "torch")

@@ -1,0 +1,36 @@
+"""What makes `import hf_prune` cheap: it imports next to nothing, and no model code until that is imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def imported(program):
+    """Names of the modules that `program`, which fills `before`, leaves imported beyond those."""
+    program += "\nimport json\nprint(json.dumps(sorted(set(sys.modules) - before - {'json'})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_after_transformers_and_torch_it_adds_itself_alone():
+    new = imported("import sys, json, transformers, torch\nbefore = set(sys.modules)\nimport hf_prune")
+    assert new == {"hf_prune", "hf_prune.after_import"}
+
+
+def test_once_model_code_is_there_it_adds_the_reader():
+    new = imported(
+        "import sys, json, torch, transformers.modeling_utils\nbefore = set(sys.modules)\nimport hf_prune\n"
+    )
+    assert {name for name in new if name.split(".")[0] != "hf_prune"} == set()
+    assert "hf_prune.checkpoint.hooks" in new
+    heavy = ("pipeline", "training", "report", "calibration", "cli", "job", "hub")
+    assert not [name for name in new if name.split(".")[1:2] and name.split(".")[1] in heavy]
+
+
+@pytest.mark.parametrize("module", ["hf_prune.recipe", "hf_prune.criteria"])
+def test_a_recipe_is_checked_without_torch(module):
+    new = imported(f"import sys, json\nbefore = set()\nimport {module}")
+    assert "torch" not in new
+    assert module in new
