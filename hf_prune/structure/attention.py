@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -211,14 +211,14 @@ def _refuse_unknown(name: str, module: nn.Module, known: set[str], n_heads: int)
 
 def _reads_config(module: nn.Module, field: str) -> bool:
     """Whether `forward` reads `self.config.<field>`: then the module needs a view of the config with its own number."""
-    return re.search(rf"self\.config\.{field}\b", _source_of_forward(type(module))) is not None
+    return re.search(rf"self\.config\.{field}\b", _source(type(module).forward)) is not None
 
 
 @cache
-def _source_of_forward(kind: type[nn.Module]) -> str:
-    """Kept, because Python takes a class's file apart to find it."""
+def _source(function: Callable[..., object]) -> str:
+    """Kept, because Python takes a whole file apart to find it."""
     try:
-        return inspect.getsource(kind.forward)
+        return inspect.getsource(function)
     except (OSError, TypeError):
         return ""  # a generated class has no source; verification is the safety net
 
