@@ -265,6 +265,13 @@ def finish_(
             _, verdict = _shrink(model)
         else:
             pruned = measure_totals(model, dense.sample)
+    notes = list(plan.notes) if plan else []
+    n_bypassed = sum(int((~masks.units[s.key]).sum()) for s in structure.of("layers") if s.key in masks.units)
+    if n_bypassed and not shrink:
+        notes.append(
+            f"{n_bypassed} masked layers are bypassed in memory only: a copy that is saved and loaded computes with them "
+            "again. Call shrink_ before saving"
+        )
     report = build_report(
         model,
         recipe,
@@ -275,7 +282,7 @@ def finish_(
         pruned=pruned,
         verification=verification,
         verdict=verdict or settle_config_(model, {}),
-        notes=plan.notes if plan else [],
+        notes=notes,
         seconds=times,
         n_near_ties=plan.n_near_ties if plan else 0,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -140,17 +141,18 @@ class Pruner:
             early = f"training stopped at step {self.n_done}, before the schedule's end at {self.last_update}"
             plan = replace(plan, notes=[*plan.notes, f"{early}: the sparsity is not what the recipe asks for"])
             logger.warning(plan.notes[-1])
-        return finish_(
-            self.model,
-            self.recipe,
-            plan=plan,
-            batches=batches if batches is not None else self._batches(),
-            inputs=inputs,
-            shrink=self.recipe.schedule.shrink == "at_end",
-            verify=verify,
-            dense=self._dense,
-            seconds={"plan": self.seconds},
-        )
+        with _in_its_own_precision(self.model):
+            return finish_(
+                self.model,
+                self.recipe,
+                plan=plan,
+                batches=batches if batches is not None else self._batches(),
+                inputs=inputs,
+                shrink=self.recipe.schedule.shrink == "at_end",
+                verify=verify,
+                dense=self._dense,
+                seconds={"plan": self.seconds},
+            )
 
     def detach(self) -> None:
         """Take the hooks off the parameters; masks stay."""
@@ -225,6 +227,20 @@ class Pruner:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, `torch.compile` and the like."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+@contextmanager
+def _in_its_own_precision(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that Accelerate wraps round `forward`: what verification looks for would drown in rounding."""
+    wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if wrapped is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapped
 
 
 def _masked_gradient(entries: list[MaskedTensor]) -> Callable[[Tensor], None]:

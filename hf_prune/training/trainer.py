@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from hf_prune.apply.masks import enforce_
-from hf_prune.calibration.batches import take
+from hf_prune.calibration.batches import n_samples, take
 from hf_prune.checkpoint.renamed import load_renamed_
 from hf_prune.checkpoint.saving import ARTIFACTS, add_side_files, is_pruned
 from hf_prune.errors import RecipeError, VerificationError
@@ -146,7 +147,10 @@ class PruningMixin(_Base):
         try:
             self.pruning_report = pruner.finish(inputs=inputs)
         except VerificationError:
-            self.save_model(str(Path(self.args.output_dir) / "masked-model"), _internal_call=True)
+            folder = Path(self.args.output_dir) / "masked-model"
+            self.save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                save_state(pruner.state_dict(), folder)
             raise
         finally:
             self.pruner = None
@@ -169,10 +173,10 @@ class PruningMixin(_Base):
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)  # collators may mask tokens by chance
             loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
-            n_available = calibration.samples
-            if hasattr(dataset, "__len__"):
-                n_available = min(n_available, len(dataset))
-            return take((dict(batch) for batch in loader), n_available)
+            n_batches = -(-calibration.samples // batch_size)
+            batches = [dict(batch) for batch in islice(loader, n_batches)]  # fewer where the data ends before
+        n_available = sum(n_samples(batch) for batch in batches)
+        return take(batches, min(n_available, calibration.samples))
 
 
 class PruningTrainer(PruningMixin, Trainer):
