@@ -299,4 +299,4 @@ def _name(path_or_id: str | None) -> str:
 
 
 def _sentence(text: str | None) -> str | None:
-    return text if not text or text.endswith((".", "!", "?")) else f"{text}."
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else None

@@ -104,10 +104,17 @@ class PruningReport:
 
     def print_to(self, console: Console) -> None:
         """Site by site, then dense beside pruned, then what tables don't say."""
+
+        def say(line: str) -> None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        # not as the tables' titles, which are broken where a table is narrow
+        say("what left (sites that are alike share a row; numbers are of each)")
         console.print(site_table(self.content))
+        say(f"{self.content['model']['class']}, dense and pruned")
         console.print(totals_table(self.content))
         for line in lines(self.content):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line)
 
 
 def plain_console(quiet: bool = False) -> Console:

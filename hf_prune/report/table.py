@@ -15,7 +15,7 @@ _FEW = 8  # units that are named one by one
 
 def site_table(content: Mapping[str, Any]) -> Table:
     """What left of each site, and what is kept."""
-    table = Table(title="what left (sites that are alike share a row; numbers are of each)", title_justify="left")
+    table = Table()
     for column in ("target", "site", "of", "kept", "left"):
         table.add_column(column, justify="right" if column in ("of", "kept") else "left", overflow="fold")
     for target, name, n_units, n_kept, left in site_rows(content):
@@ -41,7 +41,7 @@ def site_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, str, int, int, 
 
 def totals_table(content: Mapping[str, Any]) -> Table:
     """Dense beside pruned: what was counted, then what was measured, then what was estimated."""
-    table = Table(title=f"{content['model']['class']} pruned", title_justify="left")
+    table = Table()
     table.add_column("")
     for column in ("dense", "pruned", "change"):
         table.add_column(column, justify="right")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import attention, feed_forward, layers
+from hf_prune.structure.cost import count_macs
+from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames
 from hf_prune.structure.sites import ModelStructure, Refusal, Site, WeightSite
 
@@ -39,7 +42,17 @@ def inspect_model(model: nn.Module) -> ModelStructure:
         weights=tuple(_weight_sites(names)),
         refusals=tuple(refusals),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        count_macs=partial(_count_macs, model),
     )
+
+
+def _count_macs(model: nn.Module) -> tuple[int, dict[str, list[int]]] | None:
+    try:
+        sample = example_inputs(model, batch_size=1, length=128)
+        sample.pop("attention_mask", None)  # all ones, and code looks into it, which the meta device has no answer to
+        return count_macs(model, sample), {name: list(value.shape) for name, value in sample.items()}
+    except (AttributeError, RuntimeError, NotImplementedError, UnsupportedModelError):
+        return None  # no config, or code that asks for a number that only real tensors have
 
 
 def require_sites(structure: ModelStructure, target: str) -> tuple[Site, ...]:

@@ -9,8 +9,9 @@ other and the tensors that shrink with them. Names are qualified module names in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -143,6 +144,10 @@ class Refusal:
     reason: str
 
 
+def _never() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class ModelStructure:
     """What `inspect_model` found: sites, weights, refusals, and sizes of the model they were found in."""
@@ -153,11 +158,28 @@ class ModelStructure:
     weights: tuple[WeightSite, ...]
     refusals: tuple[Refusal, ...]
     n_parameters: int
-    parameter_shapes: Mapping[str, tuple[int, ...]] = field(repr=False, default_factory=dict)
+    # runs the model, so it waits until it is asked: MACs and the shapes of the inputs, or None where none can be made up
+    count_macs: Callable[[], tuple[int, dict[str, list[int]]] | None] = field(
+        repr=False, compare=False, default=_never
+    )
 
     def of(self, target: Target) -> tuple[Site, ...]:
         """The sites of a unit target, in the model's order."""
         return tuple(site for site in self.sites if site.target == target)
+
+    @cached_property
+    def macs(self) -> int | None:
+        """MACs of one made-up sample, see `macs_of`; None where no inputs can be made up."""
+        return self._counted[0] if self._counted else None
+
+    @cached_property
+    def macs_of(self) -> dict[str, list[int]]:
+        """Shapes of the inputs that `macs` was counted on."""
+        return self._counted[1] if self._counted else {}
+
+    @cached_property
+    def _counted(self) -> tuple[int, dict[str, list[int]]] | None:
+        return self.count_macs()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

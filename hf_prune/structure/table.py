@@ -13,7 +13,7 @@ from hf_prune.structure.sites import ModelStructure, Site
 
 def structure_table(structure: ModelStructure) -> str:
     """Plain text: a row for each run of alike sites, then what is refused and why."""
-    table = Table(title=f"{structure.model_class}: {structure.n_parameters:,} parameters", title_justify="left")
+    table = Table()
     for column in ("target", "site", "sites", "units each"):
         table.add_column(column, justify="right" if column in ("sites", "units each") else "left", overflow="fold")
 
@@ -25,14 +25,25 @@ def structure_table(structure: ModelStructure) -> str:
     entries = sum(_size(site.shape) for site in structure.weights)
     table.add_row("weights", f"{entries:,} entries", str(len(structure.weights)), "")
     buffer = io.StringIO()
-    console = Console(file=buffer, width=110)
+    console = Console(file=buffer, width=400)  # more than names need, so that none is broken
+    # not as the table's title, which is broken where the table is narrow
+    console.print(
+        f"{structure.model_class}: {structure.n_parameters:,} parameters, {_macs(structure)}", soft_wrap=True
+    )
     console.print(table)
     reasons = sorted(
         {(refusal.target, _without_numbers(refusal.name), refusal.reason) for refusal in structure.refusals}
     )
     for target, name, reason in reasons:
         console.print(f"refused: {target} of {name}: {reason}", soft_wrap=True, markup=False)
-    return buffer.getvalue().rstrip()
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+
+
+def _macs(structure: ModelStructure) -> str:
+    if structure.macs is None:
+        return "MACs not counted"
+    name, shape = next(iter(structure.macs_of.items()))
+    return f"{structure.macs:,} MACs ({name} {' × '.join(map(str, shape))})"
 
 
 def _without_numbers(name: str) -> str:

@@ -262,7 +262,7 @@ def test_alike_sites_share_a_row_and_names_stay_whole():
 
 def test_each_site_that_lost_something_is_in_the_table(both):
     _, report = both
-    table = str(report).split("pruned")[0]
+    table = str(report).split("dense and pruned")[0]
     for site in report.to_dict()["sites"]:
         if site["removed"] and site["target"] == "attention_heads" and site["n_kept"]:
             assert ", ".join(map(str, site["removed"])) in table
