@@ -57,9 +57,10 @@ def totals_table(content: Mapping[str, Any]) -> Table:
         counted.append(("bytes in memory", dense["bytes"], pruned["bytes"], _share))
     metrics, latency = measured.get("metrics", {}), measured.get("latency_ms", {})
     gain = _gain if is_smaller(content) else _nothing
-    runs = [(name, metrics["dense"].get(name), new, _share) for name, new in metrics.get("pruned", {}).items()]
+    # not every run measures the dense model
+    runs = [(name, metrics.get("dense", {}).get(name), new, _share) for name, new in metrics.get("pruned", {}).items()]
     runs += [
-        (f"latency, batch of {size} (ms)", latency["dense"].get(size), new, gain)
+        (f"latency, batch of {size} (ms)", latency.get("dense", {}).get(size), new, gain)
         for size, new in latency.get("pruned", {}).items()
     ]
     guesses = [(name, estimated["dense"].get(name), new, _share) for name, new in estimated.get("pruned", {}).items()]
