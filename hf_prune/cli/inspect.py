@@ -41,6 +41,8 @@ def inspect(
                 "model_type": structure.model_type,
                 "class": structure.model_class,
                 "n_parameters": structure.n_parameters,
+                "macs": structure.macs,
+                "macs_of": structure.macs_of,
                 "sites": sites,
                 "weights": weights,
                 "refusals": [asdict(refusal) for refusal in structure.refusals],
