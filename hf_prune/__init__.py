@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         VerificationError,
     )
-    from hf_prune.pipeline import apply_, make_plan, prune_, shrink_
+    from hf_prune.pipeline import apply_, prune_, shrink_
     from hf_prune.plan import PruningPlan
+    from hf_prune.planning import make_plan
     from hf_prune.recipe import Recipe
     from hf_prune.report import PruningReport
     from hf_prune.structure import inspect_model
@@ -38,8 +39,9 @@ _HOMES = {
         "UnsupportedModelError",
         "VerificationError",
     ),
-    "hf_prune.pipeline": ("apply_", "make_plan", "prune_", "shrink_"),
+    "hf_prune.pipeline": ("apply_", "prune_", "shrink_"),
     "hf_prune.plan": ("PruningPlan",),
+    "hf_prune.planning": ("make_plan",),
     "hf_prune.recipe": ("Recipe",),
     "hf_prune.report": ("PruningReport",),
     "hf_prune.structure": ("inspect_model",),

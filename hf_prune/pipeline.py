@@ -4,177 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.allocation import choose_units, choose_weights, select_sites
 from hf_prune.apply.masks import masked_entries, masks_of, set_masks
-from hf_prune.apply.present import dropped_blocks, is_inside, present_entries
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
 from hf_prune.apply.verify import verify as verify_models
-from hf_prune.calibration import collect
-from hf_prune.checkpoint import Verdict, allowed_sizes, settle_config_
-from hf_prune.criteria import get as get_criterion
-from hf_prune.errors import CalibrationError, PruneError, UnsupportedModelError
-from hf_prune.plan import KeepMasks, PruningPlan, made_for
+from hf_prune.calibration.batches import first_sample
+from hf_prune.checkpoint import Verdict, settle_config_
+from hf_prune.errors import PruneError, UnsupportedModelError
+from hf_prune.plan import PruningPlan
+from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.report.build import Totals, build_report, first_sample, measure_totals
-from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites
-from hf_prune.structure.cost import UnitCosts, evaluating, mac_costs, parameter_costs
+from hf_prune.report.build import Totals, build_report, measure_totals
+from hf_prune.structure import inspect_model
+from hf_prune.structure.cost import evaluating
 from hf_prune.structure.inputs import example_inputs
-
-
-RecipeLike = Recipe | Mapping[str, Any] | str | Path
-Batches = Iterable[Mapping[str, Any]]
-
-
-def make_plan(
-    model: nn.Module,
-    recipe: RecipeLike,
-    *,
-    calibration: Batches | None = None,
-    progress: float | Sequence[float] = 1.0,
-    previous: PruningPlan | None = None,
-) -> PruningPlan:
-    """Decide what leaves `model` by `recipe`. The model is left as it was.
-
-    Args:
-        model: any model with sites for the recipe's targets; masks that it has already stay.
-        recipe: a `Recipe`, a mapping, or a path to YAML.
-        calibration: keyword inputs of the model, batch first; needed by criteria that look at data.
-        progress: how much of the final sparsity to reach, in [0, 1]; one number, or one a step of the recipe.
-        previous: the plan of the update before: what left by it stays out, and its base counts as the beginning.
-
-    Returns:
-        The plan; equal inputs give an equal plan, on one process or many.
-
-    Raises:
-        RecipeError: the recipe can't be met on this model.
-        CalibrationError: a criterion lacks the data or labels that it needs.
-        UnsupportedModelError: the model has no unit of a target, with the reason.
-    """
-    recipe = Recipe.load(recipe)
-    structure = inspect_model(model)
-    progresses = list(progress) if isinstance(progress, Sequence) else [progress] * len(recipe.prune)
-    batches = list(calibration) if calibration is not None else None
-    plan = PruningPlan(
-        steps=[],
-        base=previous.base if previous else masks_of(model),
-        recipe=recipe.to_dict(),
-        progress=max(progresses),
-        model=made_for(structure),
-    )
-    for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
-        before = previous.steps[number] if previous else KeepMasks()
-        if reached <= 0:
-            plan.steps.append(before)
-            continue
-        planner = _StepPlanner(model, structure, recipe, step, batches, plan.masks)
-        plan.steps.append(planner.choose(before, reached, plan))
-    return plan
-
-
-class _StepPlanner:
-    """One step of a recipe on one model: which sites are eligible, their scores, the choice."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: ModelStructure,
-        recipe: Recipe,
-        step: Any,
-        batches: list[Mapping[str, Any]] | None,
-        kept: KeepMasks,
-    ):
-        self.model, self.structure, self.recipe, self.step, self.batches = model, structure, recipe, step, batches
-        self.kept = kept
-        options = dict(step.criterion.options)
-        if step.criterion.name == "random" and options.get("seed") is None:
-            options["seed"] = recipe.seed
-        self.criterion = None if step.remove is not None else get_criterion(step.criterion.name, options)
-
-    def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
-        if self.step.target == "weights":
-            weights = select_sites(self.step, self.structure.weights)
-            present = {site.name: present_entries(self.structure, self.kept, site) for site in weights}
-            earlier = self.kept.weights
-            eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
-            gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
-            scores = self._scores(weights)
-            chosen = choose_weights(self.step, weights, scores, eligible, gone, progress=progress, present=present)
-            keep = KeepMasks(weights=chosen.keep)
-        else:
-            require_sites(self.structure, self.step.target)
-            dropped = dropped_blocks(self.structure, self.kept)
-            sites = [
-                site
-                for site in select_sites(self.step, self.structure.of(self.step.target))
-                if site.target == "layers" or not is_inside(site, dropped)
-            ]
-            eligible = {
-                site.key: self.kept.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool)) for site in sites
-            }
-            gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
-            chosen = choose_units(
-                self.step,
-                sites,
-                self._scores(sites),
-                eligible,
-                gone,
-                progress=progress,
-                costs=self._costs(),
-                loss_units=bool(self.criterion and self.criterion.loss_units),
-                allowed_sizes=(lambda group: allowed_sizes(self.model, group)) if self.step.uniform else None,
-            )
-            keep = KeepMasks(units=chosen.keep)
-        plan.notes += [note for note in chosen.notes if note not in plan.notes]
-        plan.n_near_ties += chosen.n_near_ties
-        # what an earlier update removed stays out, also where its site is no longer in question
-        return before & keep
-
-    def _scores(self, sites: Sequence[Site | WeightSite]) -> dict[str, Tensor]:
-        if self.criterion is None:
-            return {}
-        needs = self.criterion.needs(self.step.target)
-        model = self.model
-        if needs:
-            if not self.batches:
-                raise CalibrationError(
-                    f"criterion {self.step.criterion.name!r} scores {self.step.target} by data; pass `calibration`, an "
-                    "iterable of the keyword inputs that the model takes (with labels where it needs a loss)"
-                )
-            if self.kept != masks_of(model):
-                # earlier steps have removed something: score what is left as it will compute, on a scratch copy
-                model = copy.deepcopy(model)
-                set_masks(model, self.kept)
-        statistics = collect(model, self.batches or [], needs, sites, seed=self.recipe.seed) if needs else None
-        scores = {}
-        for site in sites:
-            if isinstance(site, WeightSite):
-                scores[site.name] = self.criterion.score_weights(model, site, statistics)
-            else:
-                scores[site.key] = self.criterion.score_units(model, site, statistics)
-        return scores
-
-    def _costs(self) -> UnitCosts | None:
-        budget, there = self.step.sparsity, self.kept.units
-        if hasattr(budget, "parameters"):
-            return parameter_costs(self.model, self.structure, there)
-        if hasattr(budget, "macs"):
-            try:
-                sample = example_inputs(self.model, batch_size=1, length=self.recipe.calibration.length)
-            except UnsupportedModelError:
-                if not self.batches:
-                    raise
-                sample = first_sample(verification_batches(self.model, self.batches, "")[0]) or {}
-            return mac_costs(self.model, self.structure, there, sample)
-        return None
 
 
 def apply_(model: nn.Module, plan: PruningPlan) -> None:

@@ -80,6 +80,12 @@ def _first(inputs: Inputs, size: int, wanted: int) -> Inputs:
     return {name: cut(value) for name, value in inputs.items()}
 
 
+def first_sample(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The first sample of the first batch, with a batch dimension of 1."""
+    first = next(iter(batches), None)
+    return None if first is None else _first(dict(first), n_samples(first), 1)
+
+
 def _kind(value: object) -> str:
     return "missing" if value is None else f"a {type(value).__name__}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -62,7 +62,13 @@ def collect(
     device = next(model.parameters()).device
     n_seen = torch.zeros(2, dtype=torch.float64)  # samples, labels
     error: CalibrationError | None = None
-    with _evaluation(model, seed, recorders, with_gradients), ExitStack() as hooks:
+    scored = {
+        parameter
+        for recorder in recorders.values()
+        if isinstance(recorder, WeightGradients)
+        for parameter in recorder.parameters.values()
+    }
+    with evaluation(model, seed, scored, with_gradients), ExitStack() as hooks:
         for recorder in recorders.values():
             for handle in recorder.attach():
                 hooks.callback(handle.remove)
@@ -108,19 +114,15 @@ def _run(model: nn.Module, batch: Batch, recorders: Mapping[str, Recorder], with
 
 
 @contextmanager
-def _evaluation(
-    model: nn.Module, seed: int, recorders: Mapping[str, Recorder], with_gradients: bool
+def evaluation(
+    model: nn.Module, seed: int, scored: Collection[Tensor] = (), with_gradients: bool = False
 ) -> Iterator[None]:
-    """The model as scoring needs it; all is put back."""
+    """The model as scoring needs it, with gradients of the `scored` parameters if any; all is put back."""
     training = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    scored: set[Tensor] = set()
-    for recorder in recorders.values():
-        if isinstance(recorder, WeightGradients):
-            scored.update(recorder.parameters.values())
     devices = sorted({p.device.index for p in flags if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

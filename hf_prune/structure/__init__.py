@@ -1,7 +1,7 @@
 """From a model to what can leave it."""
 
-from hf_prune.structure.discovery import inspect_model, require_sites
+from hf_prune.structure.discovery import inspect_model, require_sites, stacks_of
 from hf_prune.structure.sites import ModelStructure, Site, TensorSlice, WeightSite
 
 
-__all__ = ["ModelStructure", "Site", "TensorSlice", "WeightSite", "inspect_model", "require_sites"]
+__all__ = ["ModelStructure", "Site", "TensorSlice", "WeightSite", "inspect_model", "require_sites", "stacks_of"]

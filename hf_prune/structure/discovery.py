@@ -73,6 +73,11 @@ def require_sites(structure: ModelStructure, target: str) -> tuple[Site, ...]:
     )
 
 
+def stacks_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The model's stacks of blocks, by name: the names of the blocks in call order."""
+    return layers.find_stacks(ModuleNames(model))[0]
+
+
 def _found(results: Iterable[Site | Refusal], refusals: list[Refusal]) -> Iterator[Site]:
     for result in results:
         if isinstance(result, Refusal):

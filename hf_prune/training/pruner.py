@@ -16,12 +16,14 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_prune.apply import present
 from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
+from hf_prune.calibration.batches import first_sample
 from hf_prune.errors import CheckpointError
-from hf_prune.pipeline import RecipeLike, apply_, finish_, make_plan, verification_batches
+from hf_prune.pipeline import RecipeLike, apply_, finish_, verification_batches
 from hf_prune.plan import PruningPlan
+from hf_prune.planning import make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.report.build import first_sample, measure_totals
+from hf_prune.report.build import measure_totals
 from hf_prune.structure import inspect_model
 from hf_prune.training.schedule import updates
 

@@ -1,0 +1,191 @@
+"""A stack of blocks run one at a time on stored hidden states: what goes into block k + 1 is what came out of block k.
+
+So each block can be changed on the outputs of those changed before it, at the price of a few passes over the stack and
+the memory of one block beside the hidden states. Where a model does something between its blocks, it is no chain.
+
+Axes: B samples, T positions, d_model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.batches import Batch, decoder_modules
+from hf_prune.errors import UnsupportedModelError
+
+
+Place = tuple[str, str]  # (module inside a block, "input" or "output"); "" is the block itself
+
+
+class _Stop(Exception):
+    """The forward pass has come as far as it is needed."""
+
+
+@dataclass
+class BlockCall:
+    """What a block is called with beside the hidden states: masks, position embeddings, the encoder's output."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
+        """The hidden states of a call, and the rest of it."""
+        if "hidden_states" in kwargs:
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            return kwargs["hidden_states"], cls(args, rest, by_name=True)
+        return args[0], cls(args[1:], dict(kwargs), by_name=False)
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """(B, T, d_model) -> (B, T, d_model)."""
+        if self.by_name:
+            return first_tensor(block(*self.args, hidden_states=hidden, **self.kwargs))
+        return first_tensor(block(hidden, *self.args, **self.kwargs))
+
+    def until(self, block: nn.Module, hidden: Tensor, places: Sequence[Place]) -> dict[Place, Tensor]:
+        """Run the block until it has passed all of `places`, and no further; the tensors that it passed there."""
+        seen: dict[Place, Tensor] = {}
+        handles = []
+        try:
+            for place in dict.fromkeys(places):
+                handles.append(_watch(block, place, seen, len(set(places))))
+            self(block, hidden)
+        except _Stop:
+            return seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+@dataclass
+class Chain:
+    """A stack's calls, recorded: the hidden states that go into it, and each block's other arguments, by batch."""
+
+    name: str
+    blocks: tuple[str, ...]  # in call order; a shared block is there several times
+    batches: list[Batch]
+    hidden: list[Tensor]
+    calls: list[list[BlockCall]]  # by batch, then by position
+    in_decoder: bool
+
+    def tokens(self, number: int, x: Tensor) -> Tensor:
+        """(B, T, d) of batch `number` -> (n_tokens, d) without padding."""
+        return self.batches[number].tokens(x, self.in_decoder)
+
+
+@torch.no_grad()
+def record_chain(
+    model: nn.Module,
+    name: str,
+    blocks: Sequence[str],
+    batches: Sequence[Batch],
+    replaced: Mapping[str, Sequence[Tensor]],
+) -> Chain:
+    """Run `model` up to the end of a stack and record how its blocks are called.
+
+    Args:
+        model: in evaluation mode.
+        name: of the stack.
+        blocks: names in call order.
+        batches: on the model's device.
+        replaced: for a stack that was run before (an encoder), by its last block: its new outputs, by batch.
+
+    Raises:
+        UnsupportedModelError: the model does something between the blocks.
+    """
+    modules = {block: model.get_submodule(block) for block in dict.fromkeys(blocks)}
+    decoder = decoder_modules(model)
+    chain = Chain(name, tuple(blocks), list(batches), [], [], any(id(block) in decoder for block in modules.values()))
+    for number, batch in enumerate(batches):
+        calls: list[BlockCall] = []
+        previous: list[Tensor] = []
+
+        def enter(module: nn.Module, args: Any, kwargs: Any, calls: Any = calls, previous: Any = previous) -> None:
+            hidden, call = BlockCall.of(args, kwargs)
+            if not calls:
+                chain.hidden.append(hidden)
+            elif hidden is not previous[-1] and not torch.equal(hidden, previous[-1]):
+                raise UnsupportedModelError(f"{name}: the model changes what passes between its blocks")
+            calls.append(call)
+
+        def leave(module: nn.Module, args: Any, output: Any, calls: Any = calls, previous: Any = previous) -> None:
+            previous[:] = [first_tensor(output)]
+            if len(calls) == len(blocks):
+                raise _Stop
+
+        handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules.values()]
+        handles += [module.register_forward_hook(leave) for module in modules.values()]
+        for last, outputs in replaced.items():
+            handles.append(model.get_submodule(last).register_forward_hook(_answering(outputs[number])))
+        try:
+            model(**batch.inputs)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(calls) != len(blocks):
+            raise UnsupportedModelError(f"{name}: {len(calls)} of its {len(blocks)} blocks are called")
+        chain.calls.append(calls)
+    return chain
+
+
+def scratch_copy(block: nn.Module) -> nn.Module:
+    """A copy of a block to try things on; without the hooks of the original."""
+    copied = copy.deepcopy(block)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return copied
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The hidden states of an output, which come first."""
+    return value if isinstance(value, Tensor) else value[0]
+
+
+@contextmanager
+def recorded(block: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
+    """What passes `places` while the block runs as a whole."""
+    seen: dict[Place, Tensor] = {}
+    handles = [_watch(block, place, seen, None) for place in dict.fromkeys(places)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(block: nn.Module, place: Place, seen: dict[Place, Tensor], enough: int | None) -> Any:
+    """Note the tensor that passes `place`; stop the forward pass once `enough` places were passed."""
+    name, side = place
+    module = block.get_submodule(name)
+
+    def note(tensor: Tensor) -> None:
+        seen[place] = tensor
+        if enough is not None and len(seen) == enough:
+            raise _Stop
+
+    if side == "input":
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: note(BlockCall.of(args, kwargs)[0]), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda module, args, output: note(first_tensor(output)))
+
+
+def _answering(hidden: Tensor) -> Any:
+    """A hook that puts `hidden` in place of what a block computed."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return hidden if isinstance(output, Tensor) else type(output)((hidden, *output[1:]))
+
+    return hook

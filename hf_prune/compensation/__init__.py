@@ -1,0 +1,1 @@
+"""Repair without training: the tensors that make up for what left. One file each."""

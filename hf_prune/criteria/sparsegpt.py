@@ -1,0 +1,134 @@
+"""SparseGPT: choose and update together, so that a matrix's output changes least on the calibration inputs.
+
+Axes: W (d_out, d_in); G (d_in, d_in) the Gram matrix of its inputs, Σ a aᵀ over tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.statistics import Statistics
+from hf_prune.errors import RecipeError
+from hf_prune.structure.sites import Site, Target, WeightSite
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Frantar & Alistarh 2023, algorithm 1: columns from left to right; w² / [H⁻¹]²_jj decides block by block, equation 4
+    moves what is lost to the columns behind.
+
+    Two differences: what is kept is solved for once more at the end, all columns at a time (`refine` steps of the
+    conjugate gradient on the support: the algorithm can't go back to columns on the left), and H is G with a ridge.
+
+    Args:
+        block: columns that are decided together.
+        damping: the ridge, as a fraction of the mean diagonal of G.
+        refine: conjugate-gradient steps; 0 is the paper's algorithm.
+    """
+
+    block: int = 128
+    damping: float = 0.01
+    refine: int = 20
+    loss_units: ClassVar[bool] = False
+    updates: ClassVar[bool] = True
+
+    def needs(self, target: Target) -> frozenset[str]:
+        return frozenset()
+
+    def score_units(self, model: nn.Module, site: Site, statistics: Statistics | None) -> Tensor:
+        raise RecipeError(f"criterion sparsegpt is for weights, not {site.target}")
+
+    def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
+        raise AssertionError("sparsegpt chooses block by block; see `prune`")
+
+    def prune(
+        self, matrix: Tensor, gram: Tensor, there: Tensor, sparsity: float, group: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Which entries stay, and their new values.
+
+        Args:
+            matrix: (d_out, d_in).
+            gram: (d_in, d_in), float64.
+            there: bool (d_out, d_in): entries that may be kept; the others are zero already.
+            sparsity: the fraction of `there` that leaves; of no account with `group`.
+            group: (n, m): n of every m along d_in stay.
+
+        Returns:
+            Keep-mask, bool (d_out, d_in), and values, float32 (d_out, d_in), zero where not kept.
+        """
+        wanted = matrix.float().masked_fill(~there, 0.0)
+        damped = gram.clone()
+        dead = damped.diagonal() == 0
+        damped.diagonal()[dead] = 1.0
+        damped.diagonal().add_(self.damping * damped.diagonal().mean())
+        wanted = wanted.masked_fill(dead, 0.0)  # columns whose input never fires: any value will do
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+        keep, values = self._sweep(wanted.clone(), factor, there, sparsity, group)
+        if self.refine:
+            values = _solve_on_support(values, wanted, keep, damped.float(), self.refine)
+        return keep, values
+
+    def _sweep(
+        self, matrix: Tensor, factor: Tensor, there: Tensor, sparsity: float, group: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Algorithm 1. `factor` is the upper Cholesky factor of H⁻¹: row j holds what column j hands on."""
+        keep = there.clone()
+        n_columns = matrix.shape[1]
+        width = self.block if group is None else self.block // group[1] * group[1] or group[1]
+        n_seen = n_removed = 0
+        for start in range(0, n_columns, width):
+            stop = min(start + width, n_columns)
+            columns, handed = matrix[:, start:stop], factor[start:stop, start:stop]
+            scale = handed.diagonal()
+            if group is None:
+                n_seen += int(there[:, start:stop].sum())
+                n_leaving = round(sparsity * n_seen) - n_removed
+                n_removed += n_leaving
+                keep[:, start:stop] &= ~_lowest((columns / scale).square(), there[:, start:stop], n_leaving)
+            lost = torch.zeros_like(columns)
+            for j in range(stop - start):
+                if group is not None and j % group[1] == 0:
+                    each = slice(j, j + group[1])
+                    score = (columns[:, each] / scale[each]).square().masked_fill(~there[:, start:stop][:, each], -1.0)
+                    leaving = score.argsort(dim=1, stable=True)[:, : group[1] - group[0]]
+                    keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, leaving, False)
+                kept = keep[:, start + j]
+                error = torch.where(kept, 0.0, columns[:, j]) / scale[j]
+                columns[:, j + 1 :].addr_(error, handed[j, j + 1 :], alpha=-1.0)
+                columns[:, j] = torch.where(kept, columns[:, j], 0.0)
+                lost[:, j] = error
+            matrix[:, stop:].addmm_(lost, factor[start:stop, stop:], alpha=-1.0)
+        return keep, matrix
+
+
+def _lowest(score: Tensor, there: Tensor, n: int) -> Tensor:
+    """True for the `n` lowest of `score` where `there`; ties by index."""
+    flat = score.masked_fill(~there, torch.inf).reshape(-1)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    if n > 0:
+        cut = flat.kthvalue(n).values
+        chosen = flat < cut
+        ties = torch.nonzero(flat == cut).reshape(-1)[: n - int(chosen.sum())]
+        chosen[ties] = True
+    return chosen.reshape(score.shape)
+
+
+def _solve_on_support(start: Tensor, wanted: Tensor, keep: Tensor, gram: Tensor, n_steps: int) -> Tensor:
+    """argmin over X on `keep` of tr (X - W) G (X - W)ᵀ: each row by itself, by the conjugate gradient from `start`."""
+    x, diagonal = start.clone(), gram.diagonal()
+    residual = ((wanted - x) @ gram).masked_fill_(~keep, 0.0)
+    step = residual / diagonal
+    energy = (residual * step).sum(1, keepdim=True)
+    for _ in range(n_steps):
+        image = (step @ gram).masked_fill_(~keep, 0.0)
+        length = energy / (step * image).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        x += length * step
+        residual -= length * image
+        scaled = residual / diagonal
+        energy, before = (residual * scaled).sum(1, keepdim=True), energy
+        step = scaled + energy / before.clamp(min=torch.finfo(x.dtype).tiny) * step
+    return x

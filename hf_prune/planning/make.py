@@ -1,0 +1,65 @@
+"""`make_plan`: each step of a recipe in turn, on what those before it left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_prune.apply.masks import masks_of
+from hf_prune.plan import KeepMasks, PruningPlan, made_for
+from hf_prune.planning.step import StepPlanner
+from hf_prune.recipe import Recipe
+from hf_prune.structure import inspect_model
+
+
+RecipeLike = Recipe | Mapping[str, Any] | str | Path
+Batches = Iterable[Mapping[str, Any]]
+
+
+def make_plan(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    calibration: Batches | None = None,
+    progress: float | Sequence[float] = 1.0,
+    previous: PruningPlan | None = None,
+) -> PruningPlan:
+    """Decide what leaves `model` by `recipe`. The model is left as it was.
+
+    Args:
+        model: any model with sites for the recipe's targets; masks that it has already stay.
+        recipe: a `Recipe`, a mapping, or a path to YAML.
+        calibration: keyword inputs of the model, batch first; needed by criteria that look at data.
+        progress: how much of the final sparsity to reach, in [0, 1]; one number, or one a step of the recipe.
+        previous: the plan of the update before: what left by it stays out, and its base counts as the beginning.
+
+    Returns:
+        The plan; equal inputs give an equal plan, on one process or many.
+
+    Raises:
+        RecipeError: the recipe can't be met on this model.
+        CalibrationError: a criterion lacks the data or labels that it needs.
+        UnsupportedModelError: the model has no unit of a target, with the reason.
+    """
+    recipe = Recipe.load(recipe)
+    structure = inspect_model(model)
+    progresses = list(progress) if isinstance(progress, Sequence) else [progress] * len(recipe.prune)
+    batches = list(calibration) if calibration is not None else None
+    plan = PruningPlan(
+        steps=[],
+        base=previous.base if previous else masks_of(model),
+        recipe=recipe.to_dict(),
+        progress=max(progresses),
+        model=made_for(structure),
+    )
+    for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
+        before = previous.steps[number] if previous else KeepMasks()
+        if reached <= 0:
+            plan.steps.append(before)
+            continue
+        planner = StepPlanner(model, structure, recipe, step, batches, plan.masks)
+        plan.steps.append(planner.choose(before, reached, plan))
+    return plan

@@ -1,0 +1,286 @@
+"""Repair: block by block, refit what is left so that the residual stream comes back to that of the dense model.
+
+Each block sees the outputs of the pruned and repaired blocks before it. The target of a projection's refit is the sum
+that the dense model has at the same place, so that a refit makes up for its own block's loss and for what those before
+it left over: Σ |s - r - W a|², s the dense sum, r and a of the pruned model. For a run of dropped layers s is the dense
+model's after the run, as in ReplaceMe (Shopkhoev et al. 2025, equation 6), where a linear map on the projection's output is
+fitted; here it is the whole projection, of which that map is a special case, and the checkpoint keeps its shape as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.batches import Batch
+from hf_prune.calibration.blocks import Chain, record_chain, recorded
+from hf_prune.calibration.collect import evaluation
+from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
+from hf_prune.calibration.residual import Junction, find_junctions
+from hf_prune.compensation.least_squares import Moments, refit
+from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
+from hf_prune.plan import KeepMasks
+from hf_prune.planning.scratch import Linear, masked_copy
+from hf_prune.structure import ModelStructure, stacks_of
+
+
+TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
+
+
+@dataclass
+class Wanted:
+    """What the recipe's steps ask to be refitted."""
+
+    projections: set[str] = field(default_factory=set)  # by name: output projections that lost inputs
+    biases: set[str] = field(default_factory=set)  # of which the bias alone
+    before_runs: bool = False  # the projection before each run of dropped layers
+    after_drops: bool = False  # every output projection of the blocks behind the first dropped one
+
+
+def wanted_of(structure: ModelStructure, steps: Sequence[tuple[Any, KeepMasks]]) -> Wanted:
+    """From each step of a recipe, and what it removes."""
+    wanted = Wanted()
+    for step, masks in steps:
+        if step.compensation == "none":
+            continue
+        if step.target == "layers":
+            wanted.before_runs = True
+            wanted.after_drops |= step.compensation == "least_squares"
+            continue
+        for key, keep in masks.units.items():
+            if not keep.all():
+                reads = {read.module for read in structure[key].reads}
+                (wanted.biases if step.compensation == "bias" else wanted.projections).update(reads)
+    return wanted
+
+
+def repair(
+    model: nn.Module,
+    structure: ModelStructure,
+    masks: KeepMasks,
+    wanted: Wanted,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """New weights and biases of output projections, by parameter name; of the parameters' own shapes and dtypes.
+
+    Args:
+        model: as it was before pruning; it is left so.
+        structure: of the model.
+        masks: everything that leaves.
+        wanted: which projections to refit.
+        batches: calibration; every process passes the same.
+        seed: of a private random state.
+
+    Raises:
+        CalibrationError: no data, or numbers that are not finite.
+        RecipeError: a projection can't be refitted: it is outside a stack of blocks, or has no bias to take the change.
+        UnsupportedModelError: the blocks are no chain.
+    """
+    rank, world = rank_and_world()
+    device = next(model.parameters()).device
+    mine = [Batch.of(index, batches[index], device) for index in range(rank, len(batches), world)]
+    stacks = stacks_of(model)
+    _check_reachable(wanted, stacks)
+    replacements: dict[str, Tensor] = {}
+    replaced: dict[str, list[Tensor]] = {}
+    with evaluation(model, seed), torch.no_grad():
+        for name, blocks in stacks.items():
+            pass_ = _StackRepair(model, structure, masks, wanted, name, blocks, len(batches))
+            if not pass_.has_work and not (replaced and pass_.loses):
+                continue
+            dense = record_chain(model, name, blocks, mine, {})
+            current = record_chain(model, name, blocks, mine, replaced) if replaced else dense
+            replacements |= pass_.run(dense, current)
+            replaced[blocks[-1]] = pass_.hidden
+    return replacements
+
+
+def _check_reachable(wanted: Wanted, stacks: Mapping[str, Sequence[str]]) -> None:
+    prefixes = tuple(f"{block}." for blocks in stacks.values() for block in blocks)
+    outside = sorted(name for name in wanted.projections | wanted.biases if not name.startswith(prefixes))
+    if outside:
+        raise RecipeError(f"compensation works block by block, and {outside[0]} is in no stack of blocks; exclude it")
+
+
+class _StackRepair:
+    """One pass over one stack."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: ModelStructure,
+        masks: KeepMasks,
+        wanted: Wanted,
+        name: str,
+        blocks: tuple[str, ...],
+        n_batches: int,
+    ):
+        self.model, self.structure, self.masks, self.wanted, self.blocks = model, structure, masks, wanted, blocks
+        self.n_batches = n_batches
+        keep = masks.units.get(f"layers:{name}")
+        self.kept = [True] * len(blocks) if keep is None else keep.tolist()
+        first_drop = self.kept.index(False) if False in self.kept else len(blocks)
+        reads = [read.module for site in structure.sites for read in site.reads]
+        self.work = [
+            self._projections(position, [read for read in reads if read.startswith(f"{block}.")], first_drop)
+            for position, block in enumerate(blocks)
+        ]
+        self.has_work = any(self.work)
+        self.loses = any(not keep.all() for key, keep in masks.units.items() if self._is_mine(name, key))
+        if self.has_work and len(set(blocks)) < len(blocks):
+            raise RecipeError(
+                f"compensation can't refit {name}, whose block is called {len(blocks)} times: its weights are one"
+            )
+        self.hidden: list[Tensor] = []
+
+    def _is_mine(self, name: str, key: str) -> bool:
+        site = self.structure[key]
+        return site.name == name or any(piece.module.startswith(f"{name}.") for piece in site.slices)
+
+    def _projections(self, position: int, reads: Sequence[str], first_drop: int) -> list[str]:
+        """Which of a block's output projections to refit, by their names in the model."""
+        if not self.kept[position]:
+            return []
+        if self.wanted.after_drops and position > first_drop:
+            return list(reads)
+        if self.wanted.before_runs and position + 1 < len(self.kept) and not self.kept[position + 1]:
+            return list(reads)
+        return [read for read in reads if read in self.wanted.projections | self.wanted.biases]
+
+    def run(self, dense: Chain, current: Chain) -> dict[str, Tensor]:
+        """Go through the stack; `self.hidden` are then the outputs of the pruned and repaired one, by batch."""
+        replacements: dict[str, Tensor] = {}
+        reference, hidden = list(dense.hidden), list(current.hidden)
+        for position, block in enumerate(self.blocks):
+            if not self.kept[position]:
+                if not any(self.kept[:position]):  # a dropped beginning: no block before it can make up for it
+                    self._advance(dense, reference, position)
+                continue
+            scratch = masked_copy(self.model, self.structure, self.masks, block)
+            last = position
+            while last + 1 < len(self.blocks) and not self.kept[last + 1]:
+                last += 1
+            junctions = self._junctions(position, dense, reference, runs=last > position)
+            targets = self._advance(dense, reference, position, last, junctions)
+            for junction in junctions:
+                new = self._refit(scratch, junction, targets[junction], current, hidden, position)
+                replacements |= {f"{block}.{junction.projection}.{name}": tensor for name, tensor in new.items()}
+            for number, call in enumerate(current.calls):
+                hidden[number] = call[position](scratch, hidden[number])
+        self.hidden = hidden
+        return replacements
+
+    def _junctions(self, position: int, dense: Chain, reference: Sequence[Tensor], runs: bool) -> list[Junction]:
+        block, work = self.blocks[position], self.work[position]
+        if not work or not reference:
+            return []
+        names = [name[len(block) + 1 :] for name in work]
+        live = self.model.get_submodule(block)
+        junctions = find_junctions(live, dense.calls[0][position], reference[0], names)
+        if runs and not any(junction.total == ("", "output") for junction in junctions):
+            raise UnsupportedModelError(
+                f"{block}: its output is no plain sum with an output projection (its blocks end in a norm), so that no "
+                "projection can make up for the layers dropped behind it. Use compensation none for layers."
+            )
+        if runs and not self.wanted.after_drops:
+            wanted = self.wanted.projections | self.wanted.biases
+            junctions = [j for j in junctions if j.total == ("", "output") or f"{block}.{j.projection}" in wanted]
+        return junctions
+
+    def _advance(
+        self,
+        dense: Chain,
+        reference: list[Tensor],
+        first: int,
+        last: int | None = None,
+        junctions: Sequence[Junction] = (),
+    ) -> dict[Junction, list[Tensor]]:
+        """Take the dense model's hidden states through blocks `first` to `last`; what each junction should sum to."""
+        targets: dict[Junction, list[Tensor]] = {junction: [] for junction in junctions}
+        places = [junction.target for junction in junctions]
+        for number, calls in enumerate(dense.calls):
+            live = self.model.get_submodule(self.blocks[first])
+            with recorded(live, places) as seen:
+                hidden = calls[first](live, reference[number])
+            for position in range(first + 1, (first if last is None else last) + 1):
+                hidden = calls[position](self.model.get_submodule(self.blocks[position]), hidden)
+            reference[number] = hidden
+            for junction in junctions:
+                at_end = junction.target == ("", "output")
+                targets[junction].append(hidden if at_end else seen[junction.target])
+        return targets
+
+    def _refit(
+        self,
+        scratch: nn.Module,
+        junction: Junction,
+        targets: Sequence[Tensor],
+        current: Chain,
+        hidden: Sequence[Tensor],
+        position: int,
+    ) -> dict[str, Tensor]:
+        """Refit one projection of `scratch`, in place; its new tensors by name."""
+        name = f"{self.blocks[position]}.{junction.projection}"
+        linear = Linear.of(scratch.get_submodule(junction.projection))
+        weight, bias, matrix = linear.weight, linear.bias, linear.matrix
+        only_bias = name in self.wanted.biases and name not in self.wanted.projections
+        if only_bias and bias is None:
+            raise RecipeError(
+                f"compensation bias: {name} has no bias to take what left; use least_squares, or exclude it"
+            )
+        d_out, d_in = matrix.shape
+        n = (0 if only_bias else d_in) + (bias is not None)
+        moments = [Moments.zeros(n, d_out, weight.device) for _ in range(2)]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        for number, calls in enumerate(current.calls):
+            seen = calls[position].until(scratch, hidden[number], junction.sources)
+            inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
+            lacking = current.tokens(number, targets[number]).to(wide) - inputs @ matrix.T.to(wide)
+            if junction.rest:
+                lacking -= current.tokens(number, seen[junction.rest]).to(wide)
+            if bias is not None:
+                lacking -= bias.to(wide)
+                inputs = torch.cat([inputs[:, :0] if only_bias else inputs, inputs.new_ones(len(inputs), 1)], 1)
+            moments[self._is_test(current.batches[number].index)].add_(inputs, lacking)
+        _reduce(moments)
+        fit, test = moments
+        for total in (fit.gram, fit.cross, test.gram, test.cross):
+            if not torch.isfinite(total).all():
+                raise CalibrationError(
+                    f"what goes into {name} is not finite on the calibration data. Look for broken samples, or load the "
+                    "model in bfloat16 or float32."
+                )
+        alive = (
+            fit.gram.diagonal() + test.gram.diagonal() > 0
+        )  # removed inputs, and those that never fire, keep theirs
+        index = torch.nonzero(alive).reshape(-1)
+        found = refit(fit.at(index), test.at(index) if test.n_tokens else None)
+        change = torch.zeros(d_out, n, dtype=torch.float64, device=weight.device)
+        change[:, index] = found.change
+        new = {}
+        if not only_bias:
+            matrix.copy_(matrix.double() + change[:, :d_in])
+            new["weight"] = weight.detach().cpu().clone()
+        if bias is not None:
+            bias.copy_(bias.double() + change[:, -1])
+            new["bias"] = bias.detach().cpu().clone()
+        return new
+
+    def _is_test(self, index: int) -> bool:
+        """Batches that choose the ridge: every fifth, the last of fewer; none where there is but one."""
+        if self.n_batches < TEST_EVERY:
+            return self.n_batches > 1 and index == self.n_batches - 1
+        return index % TEST_EVERY == TEST_EVERY - 1
+
+
+def _reduce(moments: Sequence[Moments]) -> None:
+    counts = torch.tensor([each.n_tokens for each in moments], dtype=torch.float64)
+    sum_over_processes([*(total for each in moments for total in (each.gram, each.cross)), counts])
+    for each, count in zip(moments, counts.tolist(), strict=True):
+        each.n_tokens = int(count)
