@@ -104,6 +104,8 @@ def clear_masks(model: nn.Module) -> None:
         for hook_id in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Bypass)]:
             del module._forward_hooks[hook_id]
             module._forward_hooks_with_kwargs.pop(hook_id, None)
+        for hook_id in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Restart)]:
+            del module._forward_pre_hooks[hook_id]
 
 
 def masked_tensors(model: nn.Module) -> Iterator[tuple[MaskedTensor, nn.Parameter]]:
@@ -153,7 +155,11 @@ def _bypass(model: nn.Module, site: Site, keep: Tensor) -> None:
         positions.setdefault(block, []).append(not kept)
     for block, skipped in positions.items():
         if any(skipped):
-            model.get_submodule(block).register_forward_hook(_Bypass(skipped), with_kwargs=True)
+            bypass = _Bypass(skipped)
+            model.get_submodule(block).register_forward_hook(bypass, with_kwargs=True)
+            if site.is_shared:
+                caller = model.get_submodule(site.name.rpartition(".")[0])
+                caller.register_forward_pre_hook(_Restart(bypass))
 
 
 class _Bypass:
@@ -172,6 +178,16 @@ class _Bypass:
         if isinstance(output, Tensor):
             return _Skip.apply(hidden, output)
         return type(output)((_Skip.apply(hidden, output[0]), *output[1:]))
+
+
+@dataclass
+class _Restart:
+    """A forward pre-hook on what calls a shared block: a pass that broke off half-way mustn't shift the calls of the next."""
+
+    bypass: _Bypass
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.bypass.n_calls = 0
 
 
 class _Skip(torch.autograd.Function):

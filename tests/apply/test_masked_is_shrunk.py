@@ -128,6 +128,30 @@ def test_a_masked_layer_passes_its_gradient_through_and_gets_zeros():
     assert model.bert.embeddings.word_embeddings.weight.grad.any()
 
 
+def test_a_pass_that_breaks_off_does_not_shift_the_calls_of_a_shared_block():
+    model = zoo.build("albert")
+    (site,) = inspect_model(model).of("layers")
+    set_masks(model, KeepMasks(units={site.key: torch.tensor([True, False, True])}))
+    inputs = example_inputs(model)
+    before = outputs(model, inputs)[0]
+    block, calls = model.get_submodule(site.blocks[0]), []
+
+    def second_call_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+
+    hook = block.register_forward_pre_hook(second_call_fails)
+    with pytest.raises(MemoryError):
+        model(**inputs)
+    hook.remove()
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        assert torch.equal(outputs(one, inputs)[0], before)
+    set_masks(model, KeepMasks())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_layer_numbers_follow_so_that_caches_work():
     model = zoo.build("llama", torch.float64)
     set_masks(model, some_masks(model, TARGETS))

@@ -16,6 +16,8 @@ from tests import zoo
 from tests.training.data import RECIPE, Tokens, trainer
 
 
+# also a layer, bypassed while masked: its parameters take part in no step, and both ranks must wait for none
+WITH_LAYER = {**RECIPE, "prune": [{"target": "layers", "sparsity": 0.34, "criterion": "activation"}, *RECIPE["prune"]]}
 CRITERIA = ("l2", "random", "gradient", "taylor", "activation")
 
 
@@ -54,7 +56,7 @@ def train():
     run = trainer(
         Path(sys.argv[2]) / f"run-{world}",
         model=model(),
-        recipe={**RECIPE, "schedule": {**RECIPE["schedule"], "shrink": "never"}},
+        recipe={**WITH_LAYER, "schedule": {**RECIPE["schedule"], "shrink": "never"}},
         per_device_train_batch_size=4 // world,
         average_tokens_across_devices=False,
         save_strategy="steps",
@@ -65,7 +67,13 @@ def train():
 
 
 def shrink():
-    run = trainer(Path(sys.argv[2]) / f"run-{world}", model=model(), per_device_train_batch_size=4 // world)
+    run = trainer(
+        Path(sys.argv[2]) / f"run-{world}",
+        model=model(),
+        recipe=WITH_LAYER,
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+    )
     run.train()
     run.evaluate()
     run.save_model(Path(sys.argv[2]) / f"saved-{world}")

@@ -92,6 +92,12 @@ def test_masked_entries_have_no_part_in_clipping():
     with torch.random.fork_rng():
         model(**batch).loss.backward()
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9) > alive
+    # the norm of the gradients of all entries but the masked ones
+    there = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    for entry, _ in masked_tensors(model):
+        entry.zero_(there[entry.name])
+    squares = [p.grad[there[name]].double().square().sum() for name, p in model.named_parameters()]
+    assert float(alive) == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-6)
 
 
 def test_moments_of_what_leaves_are_dropped():
