@@ -12,6 +12,7 @@ from hf_prune.apply.masks import masks_of
 from hf_prune.errors import CheckpointError, PruneError
 from hf_prune.plan import MASKS, PLAIN, REPLACEMENTS, KeepMasks, PruningPlan
 from hf_prune.structure.inputs import example_inputs
+from hf_prune.training.state import load_state, save_state
 from tests import zoo
 
 
@@ -69,6 +70,40 @@ def test_masks_that_share_memory_are_saved_each(tmp_path):
     PruningPlan([KeepMasks(units={"a|b": keep, "c": keep})], base=KeepMasks(weights={"w": keep})).save(tmp_path)
     loaded = PruningPlan.load(tmp_path)
     assert loaded.masks == KeepMasks(units={"a|b": keep, "c": keep}, weights={"w": keep})
+
+
+def test_a_resumed_run_still_has_to_say_what_the_plan_noted(planned, tmp_path):
+    model, plan = planned
+    plan.notes, plan.n_near_ties = ["rounding could not be met"], 3
+    pruner = hf_prune.Pruner(model, torch.optim.SGD(model.parameters(), 0.1), RECIPE, n_steps=4, calibration=[])
+    pruner.plan, pruner.n_done = plan, 2
+    save_state(pruner.state_dict(), tmp_path)
+    again = hf_prune.Pruner(model, torch.optim.SGD(model.parameters(), 0.1), RECIPE, n_steps=4, calibration=[])
+    again.load_state_dict(load_state(tmp_path))
+    assert (again.plan.notes, again.plan.n_near_ties, again.n_done) == (plan.notes, 3, 2)
+    assert again.plan.masks == plan.masks == masks_of(model)
+
+
+def test_near_ties_of_earlier_updates_count_too(planned):
+    model, _ = planned
+    batches = [example_inputs(model)]
+    first = hf_prune.make_plan(model, RECIPE, calibration=batches, progress=0.5)
+    second = hf_prune.make_plan(model, RECIPE, calibration=batches, previous=first)
+    first.n_near_ties += 1000
+    later = hf_prune.make_plan(model, RECIPE, calibration=batches, previous=first)
+    assert later.n_near_ties == second.n_near_ties + 1000 and later.steps == second.steps
+
+
+@pytest.mark.parametrize("name", ["pruning_state.json", "pruning_state.safetensors"])
+def test_a_pruners_damaged_state_is_refused(planned, tmp_path, name):
+    _, plan = planned
+    save_state({"n_done": 2, "recipe": plan.recipe, "plan": plan.to_dict(), "tensors": plan.mask_tensors()}, tmp_path)
+    _cut(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        load_state(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"no {name}|there is no .*{name}"):
+        load_state(tmp_path)
 
 
 def test_saving_again_replaces_the_plan_as_a_whole(planned, tmp_path):

@@ -54,6 +54,7 @@ def make_plan(
         recipe=recipe.to_dict(),
         progress=max(progresses),
         model=made_for(structure),
+        n_near_ties=previous.n_near_ties if previous else 0,  # the cut of an earlier update may have fallen otherwise
     )
     for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
         before = previous.steps[number] if previous else KeepMasks()
