@@ -16,7 +16,10 @@ from tests.docs.pages import README, ROOT, blocks
 HUB_MODELS = {"HuggingFaceTB/SmolLM2-135M": "llama"}
 # sizes in the pages -> sizes that take no time
 SIZES = {
-    "hidden_size=384, num_attention_heads=12, intermediate_size=1536": "hidden_size=24, num_attention_heads=4, intermediate_size=32"
+    "num_hidden_layers=6, hidden_size=384, num_attention_heads=12, intermediate_size=1536": (
+        "num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=8, vocab_size=99"
+    ),
+    "torch.randint(5, 30000, (8, 64))": "torch.randint(5, 99, (1, 4))",
 }
 
 

@@ -1,6 +1,7 @@
 """What holds of every page: links lead somewhere, snippets run, code is of a language that is checked."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -40,3 +41,13 @@ def test_python(page, stage):
 def test_the_files_that_are_named_exist(page):
     for name in re.findall(r"`((?:hf_prune|tests|docs|scripts|recipes)/[\w./-]+)`", prose(page)):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_versions_that_are_promised_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (requirement,) = (each for each in project["dependencies"] if re.match(r"transformers\b", each))
+    oldest = re.search(r">=([\d.]+)", requirement)[1]
+    for page in (README, ROOT / "docs" / "checkpoint-format.md"):
+        said = re.search(r"Transformers from ([\d.]+) on", page.read_text(encoding="utf-8"))
+        assert said is not None and said[1].removesuffix(".0") == oldest.removesuffix(".0"), page.name
+    assert f"Python from {project['requires-python'].removeprefix('>=')} on" in README.read_text(encoding="utf-8")

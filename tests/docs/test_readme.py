@@ -33,7 +33,7 @@ COMMANDS = [
 SCRIPTS = ("./scripts/quickstart.sh", "./scripts/test.sh")
 # What is appended so that a command takes seconds: everything happens, on a tiny model, or nothing is read but a config.
 SHORTER = {
-    "hf-prune run recipes/quickstart.yaml": ["--smoke"],
+    "hf-prune run recipes/quickstart.yaml": ["--smoke", "schedule.updates=2"],
     "hf-prune run recipes/quickstart.yaml prune.2.sparsity=0.3": ["--plan-only"],
 }
 # The exact words of what a command has to print.
@@ -98,7 +98,7 @@ def test_python(stage):
     names = {
         "model": model,
         "args": TrainingArguments(
-            output_dir="out", max_steps=12, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
+            output_dir="out", max_steps=4, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
         ),
         "train": Tokens(),
         "test": Tokens(seed=1),
