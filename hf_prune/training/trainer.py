@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -170,13 +174,27 @@ class PruningMixin(_Base):
         else:
             collator = self._get_collator_with_removed_columns(collator, description="calibration")
         batch_size = min(calibration.batch_size, calibration.samples)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.recipe.seed)  # collators may mask tokens by chance
+        with _drawing_from(self.recipe.seed):  # collators may mask tokens by chance
             loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
             n_batches = -(-calibration.samples // batch_size)
             batches = [dict(batch) for batch in islice(loader, n_batches)]  # fewer where the data ends before
         n_available = sum(n_samples(batch) for batch in batches)
         return take(batches, min(n_available, calibration.samples))
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """All random numbers from `seed`, and afterwards as if none had been drawn."""
+    plain, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            random.seed(seed)
+            numpy.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(plain)
+            numpy.random.set_state(of_numpy)
 
 
 class PruningTrainer(PruningMixin, Trainer):

@@ -32,6 +32,25 @@ def test_round_trip(name, uneven, tmp_path):
         assert_close(outputs(model, inputs), outputs(loaded, inputs))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["ffn_neurons", "attention_heads", "layers"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_round_trip_of_one_target_alone_evenly(name, target, tmp_path):
+    """Even sizes go by the stock config where it has a field for them: no trace of hf_prune is left then."""
+    if not inspect_model(zoo.build(name)).of(target):
+        assert (name, target) == ("bloom", "attention_heads")
+        return
+    model, verdict = shrunk(name, torch.float64, targets=(target,), uneven=False)
+    inputs = example_inputs(model)
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    assert ("hf_prune" in config) == (verdict.loads_with == "hf_prune")
+    loaded = zoo.MODELS[name][2].from_pretrained(tmp_path, dtype=torch.float64)
+    assert_close(outputs(model, inputs), outputs(loaded, inputs))
+    if target == "layers":
+        assert verdict.loads_with == "transformers", "every config here has a field for the depth"
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "edits"),
     [

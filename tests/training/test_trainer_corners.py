@@ -1,7 +1,9 @@
 """Where people take Trainer: other optimizers, data without a length, generation, saves and stops on the way."""
 
 import logging
+import random
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -12,6 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    default_data_collator,
 )
 
 import hf_prune.pipeline
@@ -121,6 +124,40 @@ def test_a_training_stopped_early_says_what_it_did_not_reach(tmp_path, caplog, s
     assert left == sum(neurons(run.model)) == round((1 - achieved) * 144)
     run.save_model(tmp_path / "saved")
     assert weights_equal(AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved"), run.model)
+
+
+def test_stopped_before_any_checkpoint_could_be_the_best(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path, callbacks=[StopAt(5)], load_best_model_at_end=True, **options)
+    run.train()
+    assert run.state.best_model_checkpoint is None
+    assert any("stopped at step 5" in note for note in run.pruning_report.to_dict()["notes"])
+    assert 72 < sum(neurons(run.model)) < 144
+
+
+class Chance:
+    """A collator that draws from every source of random numbers."""
+
+    def __call__(self, features):
+        batch = default_data_collator(features)
+        drawn = [random.random(), float(numpy.random.random()), float(torch.rand(()))]
+        self.last = drawn
+        return batch
+
+
+def test_calibration_draws_alike_each_time_and_gives_random_numbers_back(tmp_path):
+    """Else the ranks would see other batches, and training other random numbers than without updates."""
+    run = trainer(tmp_path)
+    run.data_collator = collator = Chance()
+    seen = []
+    for _ in range(2):
+        before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        run._calibration_batches()
+        seen.append(collator.last)
+        after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        assert before == after
+        random.random(), numpy.random.random(), torch.rand(())
+    assert seen[0] == seen[1]
 
 
 def test_verification_runs_in_the_models_own_precision(tmp_path, monkeypatch):
