@@ -194,18 +194,20 @@ def main() -> None:
     logger.info("the model that is saved: %s", results)
 
     if accelerator.is_main_process:
+        card = {"pipeline_tag": "text-classification"}
+        if args.push_to_hub:
+            api = HfApi(token=args.hub_token)
+            card["repo_id"] = api.create_repo(args.hub_model_id or output_dir.absolute().name, exist_ok=True).repo_id
         if pruner is not None:
             report.content["measured"]["metrics"] = {"pruned": results}  # pruning: for the card
-            report.attach_(model, {"pipeline_tag": "text-classification"})  # pruning
+            report.attach_(model, card)  # pruning
             print(report)  # pruning
         model.save_pretrained(output_dir)
         tokenizer.save_pretrained(output_dir)
         (output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n")
         if args.push_to_hub:
-            api = HfApi(token=args.hub_token)
-            repo_id = api.create_repo(args.hub_model_id or output_dir.absolute().name, exist_ok=True).repo_id
-            api.upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["epoch_*", ".*"])
-            logger.info("pushed to %s", repo_id)
+            api.upload_folder(repo_id=card["repo_id"], folder_path=output_dir, ignore_patterns=["epoch_*", ".*"])
+            logger.info("pushed to %s", card["repo_id"])
     accelerator.end_training()
 
 

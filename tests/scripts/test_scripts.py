@@ -107,7 +107,9 @@ def test_the_plain_loop_accumulates_gradients_and_pushes(run, news, bert, recipe
     assert oracle.results(tmp_path / "out") == {"accuracy": pytest.approx(accuracy)}
     assert files.keys() >= {"model.safetensors", "config.json", "tokenizer.json", *oracle.PRUNED}
     assert not any(name.startswith("epoch_") for name in files)
-    assert f"| accuracy | – | {accuracy:,.4g} |" in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert re.search(rf"^\| accuracy \|.*{re.escape(f'{accuracy:,.4g}')}", card, re.MULTILINE)
+    assert 'from_pretrained("ada/small")' in card
 
 
 def test_push_to_hub_keeps_the_card_of_the_pruned_model(run, news, bert, recipe, tmp_path):
