@@ -107,3 +107,24 @@ def test_uniform_sizes_load_with_plain_transformers():
     assert report.to_dict()["checkpoint"]["loads_with"] == "transformers"
     assert model.config.intermediate_size == 32  # the multiple of 8 nearest to 0.6 * 48
     assert not hasattr(model.config, "hf_prune")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "phi3", "deberta-v2"])
+def test_what_was_pruned_and_loaded_is_pruned_again(name, tmp_path):
+    model = zoo.build(name, torch.float64)
+    inputs = calibration(model, 1)[0]
+    steps = [
+        {"target": "layers", "sparsity": 0.34, "criterion": "random"},
+        {"target": "attention_heads", "sparsity": 0.3, "criterion": "random"},
+        {"target": "ffn_neurons", "sparsity": 0.3, "criterion": "random", "scope": "global"},
+    ]
+    for number in range(2):
+        before = sum(parameter.numel() for parameter in model.parameters())
+        hf_prune.prune_(model, recipe(*steps), calibration=[inputs])
+        assert sum(parameter.numel() for parameter in model.parameters()) < before
+        model.save_pretrained(tmp_path / str(number))
+        loaded = type(model).from_pretrained(tmp_path / str(number), dtype=torch.float64)
+        with torch.no_grad():
+            expected, actual = model(**inputs)[0], loaded(**inputs)[0]
+        assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+        model = loaded
