@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_prune.report.table import hardware_words, is_smaller, sample_shape, shown, site_rows
+from hf_prune.report.table import dense_words, difference, hardware_words, is_smaller, sample_shape, shown, site_rows
 
 
 _TEMPLATE = "card.md.j2"
@@ -204,7 +204,7 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
             [*((_counted(name, totals), old, new) for name, old, new in counts), *on_disk],
             _share,
         ),
-        ("Quality", "Measured on the same data before and after.", _metrics(report), _difference),
+        ("Quality", _of_quality(report), _metrics(report), difference),
         (
             "Speed",
             f"Measured on {hardware}." if hardware else "Measured; the hardware wasn't recorded.",
@@ -227,6 +227,12 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _of_quality(report: dict[str, Any]) -> str:
+    if all(dense is None for _, dense, _ in _metrics(report)):
+        return "Measured; of the dense model nothing is known here."
+    return f"Measured on the same data; dense is {dense_words(report)}."
+
+
 def _counted(name: str, totals: dict[str, Any]) -> str:
     return f"MACs, {sample_shape(totals)}" if name == "macs" else name
 
@@ -238,10 +244,6 @@ def _row(name: str, dense: float | None, pruned: float | None, change: str) -> d
 
 def _share(dense: float | None, pruned: float | None) -> str:
     return f"{pruned / dense - 1:+.1%}" if dense and pruned is not None else ""
-
-
-def _difference(dense: float | None, pruned: float | None) -> str:
-    return f"{pruned - dense:+.4g}" if dense is not None and pruned is not None else ""
 
 
 def _speedup(dense: float | None, pruned: float | None) -> str:

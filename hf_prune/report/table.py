@@ -58,7 +58,9 @@ def totals_table(content: Mapping[str, Any]) -> Table:
     metrics, latency = measured.get("metrics", {}), measured.get("latency_ms", {})
     gain = _gain if is_smaller(content) else _nothing
     # not every run measures the dense model
-    runs = [(name, metrics.get("dense", {}).get(name), new, _share) for name, new in metrics.get("pruned", {}).items()]
+    runs = [
+        (name, metrics.get("dense", {}).get(name), new, difference) for name, new in metrics.get("pruned", {}).items()
+    ]
     runs += [
         (f"latency, batch of {size} (ms)", latency.get("dense", {}).get(size), new, gain)
         for size, new in latency.get("pruned", {}).items()
@@ -88,6 +90,8 @@ def lines(content: Mapping[str, Any]) -> list[str]:
             f"near-ties: {content['n_near_ties']} units or weights scored so close to the cut that other hardware may "
             "choose differently"
         )
+    if content["measured"].get("metrics", {}).get("dense"):
+        said.append(f"dense: {dense_words(content)}")
     check = content["verification"]
     if check:
         said.append(
@@ -101,6 +105,13 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         said.append("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in times.items()))
     where = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return [*said, f"on {hardware_words(content)}; seed {content['seed']}; {where}"]
+
+
+def dense_words(content: Mapping[str, Any]) -> str:
+    """What the pruned model was compared with."""
+    if (content.get("recipe") or {}).get("training"):
+        return "the same model, trained alike for as long without pruning"
+    return "the model before pruning"
 
 
 def is_smaller(content: Mapping[str, Any]) -> bool:
@@ -130,6 +141,11 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def difference(old: Any, new: Any) -> str:
+    """Of a metric; a percentage of an accuracy would be taken for points."""
+    return f"{new - old:+.4g}" if old is not None and new is not None else ""
 
 
 def _share(old: Any, new: Any) -> str:

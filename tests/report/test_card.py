@@ -62,6 +62,11 @@ def test_everything_that_is_known_is_there_and_the_hub_accepts_it(report):
     assert "AutoModelForSequenceClassification" in text and "import hf_prune" in text
 
 
+def test_metrics_of_the_pruned_model_alone_claim_no_comparison(report):
+    text = card({**report, "measured": {"metrics": {"pruned": {"accuracy": 0.7}}}})
+    assert "| accuracy | - | 0.7 |  |" in text and "Measured on the same data" not in text
+
+
 def test_what_left_is_counted(report):
     text = card(report)
     assert "| layers | 1 | 3 | 2 | 33.3% |" in text
