@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ def run(
     from hf_prune import job
     from hf_prune.report.report import plain_console
 
-    is_main = PartialState().is_main_process
+    is_main = PartialState(cpu=_processes_on_cpu()).is_main_process
     stages = job.Stages(Console(stderr=True, quiet=not is_main))
     out = plain_console(quiet=not is_main)
     if plan_only:
@@ -57,6 +58,20 @@ def run(
         report = job.run(checked, stages)
         report.print_to(out)
         _say_how_to_load(out, report, checked.output.dir if checked.output else None)
+
+
+def _processes_on_cpu() -> bool:
+    """Whether several processes were launched where there is no accelerator; Trainer is told too.
+
+    Accelerate would take each of them for the only one, and all would write to the same directory.
+    """
+    import torch
+
+    found = torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+    if found or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # read by TrainingArguments, which sets the state anew
+    return True
 
 
 def _say_how_to_load(out: Any, report: Any, directory: str | None) -> None:
