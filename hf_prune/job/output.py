@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -20,6 +21,8 @@ from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 
 
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 TRAINING = "training"  # the folder for checkpoints of training, inside the output directory
 
 
@@ -67,7 +70,9 @@ def writing(directory: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         # PyTorch's writer has no class of its own
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+        of_torch = isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCH_WRITER)
+        of_disk = isinstance(error, OSError) and error.errno in _DISK
+        if not (of_torch or of_disk or isinstance(error, SafetensorError)):
             raise
         raise CheckpointError(
             f"writing to {directory} failed: {one_line(error)}. Free some space. If training.save_strategy has written a "

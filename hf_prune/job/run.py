@@ -103,6 +103,10 @@ def compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> 
 
 
 def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> PruningReport:
+    resuming = bool((recipe.training or {}).get("resume_from_checkpoint"))
+    if recipe.training is not None:  # how to run, not what: the recipe that is saved and resumed is without it
+        without = {key: value for key, value in recipe.training.items() if key != "resume_from_checkpoint"}
+        recipe = recipe.model_copy(update={"training": without})
     models: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
     report: PruningReport | None = None
@@ -112,7 +116,7 @@ def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) ->
         if recipe.training is not None:
             with stages.stage(f"{side}: training") as bar, writing(directory / TRAINING / side):
                 trainer.add_callback(bar)
-                trainer.train(resume_from_checkpoint=_checkpoint_to_resume(trainer))
+                trainer.train(resume_from_checkpoint=_last_checkpoint(trainer) if resuming else None)
                 trainer.remove_callback(bar)
             report = trainer.pruning_report
         elif side == "pruned":
@@ -188,10 +192,8 @@ def _trainer(pruning: Recipe | None, recipe: Recipe, task: Prepared, directory: 
     return trainer
 
 
-def _checkpoint_to_resume(trainer: PruningTrainer) -> str | None:
-    """With `training.resume_from_checkpoint`: the last checkpoint of this side that was written to the end."""
-    if not trainer.args.resume_from_checkpoint:
-        return None
+def _last_checkpoint(trainer: PruningTrainer) -> str | None:
+    """The last checkpoint of this side that was written to the end, if there is one."""
     needed = ["trainer_state.json"] + ["pruning_state.json"] * (trainer.recipe is not None)
     folders = [
         (int(found[1]), path)
