@@ -78,3 +78,4 @@ def _install() -> None:
 # Pruned checkpoints load as soon as this package is imported. The hook waits for Transformers' model code, which
 # costs seconds to import and which a program may never need.
 after_import.call("transformers.modeling_utils", _install)
+after_import.call("transformers.trainer", lambda: import_module("hf_prune.hub.hooks").install_trainer())

@@ -1,6 +1,7 @@
 """`push_to_hub` of a pruned model: our card, one commit without stale weights, errors that say what to do.
 
-Two patches on `PreTrainedModel`, inert for a model that carries no pruning, beside those of `hf_prune.checkpoint.hooks`.
+Two patches on `PreTrainedModel` and one on `Trainer`, inert for a model that carries no pruning, beside those of
+`hf_prune.checkpoint.hooks`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 def install() -> None:
@@ -25,6 +26,14 @@ def install() -> None:
         return
     PreTrainedModel.push_to_hub = _pushing(PreTrainedModel.push_to_hub)
     PreTrainedModel._upload_modified_files = _uploading(PreTrainedModel._upload_modified_files)
+
+
+def install_trainer() -> None:
+    """Let no trainer write its own card over that of a pruned model. Calling it again does nothing."""
+    from transformers.trainer import Trainer
+
+    if not hasattr(Trainer.create_model_card, "_hf_prune"):
+        Trainer.create_model_card = _writing_card(Trainer.create_model_card)
 
 
 def _pushing(stock: Any) -> Any:
@@ -71,6 +80,24 @@ def _uploading(stock: Any) -> Any:
         )
 
     return _upload_modified_files
+
+
+def _writing_card(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        from hf_prune.checkpoint.saving import ARTIFACTS
+        from hf_prune.report.card import for_repository
+        from hf_prune.training.pruner import unwrap
+
+        card = (unwrap(self.model).__dict__.get(ARTIFACTS) or {}).get("README.md")
+        if card is None:
+            stock(self, *args, **kwargs)
+        elif self.is_world_process_zero():
+            card = for_repository(card, self.hub_model_id) if self.hub_model_id else card
+            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+    create_model_card._hf_prune = True  # type: ignore[attr-defined]
+    return create_model_card
 
 
 def _tags(card: Path) -> list[str]:

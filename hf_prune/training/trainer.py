@@ -18,12 +18,11 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from hf_prune.apply.masks import enforce_
 from hf_prune.calibration.batches import n_samples, take
 from hf_prune.checkpoint.renamed import load_renamed_
-from hf_prune.checkpoint.saving import ARTIFACTS, add_side_files, is_pruned
+from hf_prune.checkpoint.saving import add_side_files, is_pruned
 from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.pipeline import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.report.card import for_repository
 from hf_prune.training.pruner import Pruner, unwrap
 from hf_prune.training.state import load_state, save_state
 
@@ -102,14 +101,6 @@ class PruningMixin(_Base):
         if self.pruner is not None:
             self._finish_pruning(self.pruner)
         return output
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        card = (unwrap(self.model).__dict__.get(ARTIFACTS) or {}).get("README.md")
-        if card is None:
-            super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            card = for_repository(card, self.hub_model_id) if self.hub_model_id else card
-            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         model = unwrap(self.model)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 import hf_prune
 from tests.hub.pruned import FILES, logits, logits_without_hf_prune, pruned, tokenizer
@@ -85,6 +85,15 @@ def test_what_a_pruned_model_pushes_while_it_is_trained_on_loads_with_remote_cod
     assert set(api.list_repo_files(REPO)) >= {"model.safetensors", "modeling_hf_prune.py"}
     auto = "AutoModelForSequenceClassification"
     assert torch.equal(logits_without_hf_prune(REPO, hub, tmp_path / "home", auto), logits(run.model))
+
+
+def test_a_stock_trainer_keeps_the_card_of_a_pruned_model(hub, api, tmp_path):
+    run = pushing(tmp_path / "run", recipe=None, model=pruned(), kind=Trainer)
+    run.train()
+    run.push_to_hub()
+    card = ModelCard.load(REPO)
+    assert "generated_from_trainer" not in card.data.tags and "## What left" in card.text
+    assert set(api.list_repo_files(REPO)) >= WANTED
 
 
 def test_without_a_recipe_the_card_is_trainers(hub, api, tmp_path):
