@@ -91,6 +91,22 @@ def test_a_command_that_no_test_knows_fails(command, stage, request):
         test_commands(command, stage, request)
 
 
+def test_several_processes_do_one_job(stage):
+    """The launch that the prose names: two that know of each other say once that it worked, two jobs would say it twice."""
+    (command,) = re.findall(r"`torchrun ([^`]+)`", README.read_text(encoding="utf-8").replace("\n", " "))
+    assert "--nproc_per_node 2" in command
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *shlex.split(command), "--smoke", "schedule.updates=2"],
+        cwd=stage.directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the recipe works") == 1
+
+
 def test_python(stage):
     """All snippets in the page's order, as one program; the training script that they change has its names already."""
     torch.manual_seed(0)
