@@ -116,7 +116,7 @@ def test_report_shows_what_run_wrote(cli, folder):
     assert table.code == 0 and "parameters" in table.out and "\x1b" not in table.out
 
 
-def test_push_is_tried_with_a_real_client(cli, folder, monkeypatch):
+def test_push_without_a_network_says_so(cli, folder):
     """Without a network: one message, and the folder is as it was."""
     assert cli("run", "recipe.yaml", "training=null").code == 0
     done = cli("push", "out", "me/it")
@@ -124,7 +124,7 @@ def test_push_is_tried_with_a_real_client(cli, folder, monkeypatch):
     assert "Pushing out to 'me/it' failed" in done.err and "is as it was" in done.err
 
 
-def test_a_fault_is_exit_1_with_its_traceback(cli, folder, monkeypatch):
+def test_a_fault_of_ours_is_not_dressed_as_a_mistake(cli, folder, monkeypatch):
     def broken(*args):
         raise AssertionError("a fault of ours")
 
@@ -133,7 +133,7 @@ def test_a_fault_is_exit_1_with_its_traceback(cli, folder, monkeypatch):
         cli("run", "recipe.yaml", "--plan-only")
 
 
-def test_a_reader_that_leaves_is_no_fault(tmp_path):
+def test_a_reader_that_leaves_is_no_fault():
     command = f"{sys.executable} -m hf_prune validate --schema | head -c 20; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
