@@ -70,7 +70,10 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if isinstance(criterion, Criterion) and isinstance(target, str):
         defined = CRITERIA[criterion.name].targets
         if target in EVERY_TARGET - defined:
-            yield "criterion", f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}"
+            yield (
+                "criterion",
+                f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}",
+            )
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
