@@ -76,6 +76,7 @@ class Chain:
     hidden: list[Tensor]
     calls: list[list[BlockCall]]  # by batch, then by position
     in_decoder: bool
+    n_outputs: int | None = None  # of a block that returns a tuple
 
     def tokens(self, number: int, x: Tensor) -> Tensor:
         """(B, T, d) of batch `number` -> (n_tokens, d) without padding."""
@@ -119,6 +120,7 @@ def record_chain(
 
         def leave(module: nn.Module, args: Any, output: Any, calls: Any = calls, previous: Any = previous) -> None:
             previous[:] = [first_tensor(output)]
+            chain.n_outputs = None if isinstance(output, Tensor) else len(output)
             if len(calls) == len(blocks):
                 raise _Stop
 
@@ -137,6 +139,23 @@ def record_chain(
             raise UnsupportedModelError(f"{name}: {len(calls)} of its {len(blocks)} blocks are called")
         chain.calls.append(calls)
     return chain
+
+
+@contextmanager
+def answering(model: nn.Module, chain: Chain, hidden: Tensor) -> Iterator[None]:
+    """Inside, running `model` runs no block of the chain: the stack's output is `hidden`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return hidden if chain.n_outputs is None else (hidden, *[None] * (chain.n_outputs - 1))
+
+    modules = [model.get_submodule(block) for block in dict.fromkeys(chain.blocks)]
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 def scratch_copy(block: nn.Module) -> nn.Module:

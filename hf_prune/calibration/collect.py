@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
+from hf_prune.calibration import statistics as names
 from hf_prune.calibration.batches import Batch, take
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
-from hf_prune.calibration.recorders import (
-    LayerGates,
-    Recorder,
-    SquaredInputs,
-    SquaredUpdates,
-    UnitGates,
-    WeightGradients,
-)
+from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
 from hf_prune.calibration.reduction import raise_together, rank_and_world, sum_over_processes
-from hf_prune.calibration.statistics import (
-    GATE_GRADIENTS,
-    NEEDS_OF_GRADIENTS,
-    SQUARED_INPUTS,
-    SQUARED_UPDATES,
-    WEIGHT_GRADIENTS,
-    Statistics,
-)
+from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, Statistics
 from hf_prune.errors import CalibrationError
 from hf_prune.structure.sites import Site, WeightSite
 
@@ -48,7 +36,7 @@ def collect(
     Args:
         model: on the device where it runs.
         batches: keyword inputs, batch first; every process passes the same.
-        needs: of `hf_prune.calibration.statistics.NEEDS`.
+        needs: fields of `Statistics`.
         sites: what will be scored.
         seed: of the private random state.
 
@@ -64,12 +52,12 @@ def collect(
     error: CalibrationError | None = None
     scored = {
         parameter
-        for recorder in recorders.values()
+        for _, recorder in recorders
         if isinstance(recorder, WeightGradients)
         for parameter in recorder.parameters.values()
     }
     with evaluation(model, seed, scored, with_gradients), ExitStack() as hooks:
-        for recorder in recorders.values():
+        for _, recorder in recorders:
             for handle in recorder.attach():
                 hooks.callback(handle.remove)
         try:
@@ -79,36 +67,58 @@ def collect(
         except CalibrationError as caught:
             error = caught
     raise_together(error)
-    sums = [total for recorder in recorders.values() for total in (*recorder.sums.values(), *recorder.counts.values())]
+    sums = [total for _, recorder in recorders for total in (*recorder.sums.values(), *recorder.counts.values())]
     sum_over_processes([*sums, n_seen])
     return _statistics(recorders, int(n_seen[0]), int(n_seen[1]))
 
 
-def _recorders(model: nn.Module, needs: frozenset[str], sites: Sequence[Site | WeightSite]) -> dict[str, Recorder]:
+def _recorders(
+    model: nn.Module, needs: frozenset[str], sites: Sequence[Site | WeightSite]
+) -> list[tuple[str, Recorder]]:
+    """For each need, in a fixed order, what records it; heads and neurons by one recorder, layers by another."""
     layers = [site for site in sites if isinstance(site, Site) and site.target == "layers"]
     units = [site for site in sites if isinstance(site, Site) and site.target != "layers"]
-    makers: dict[str, Any] = {
-        SQUARED_INPUTS: lambda: {"inputs": SquaredInputs(model, [site for site in sites if site not in layers])},
-        SQUARED_UPDATES: lambda: {"updates": SquaredUpdates(model, layers)},
-        GATE_GRADIENTS: lambda: {"unit_gates": UnitGates(model, units), "layer_gates": LayerGates(model, layers)},
-        WEIGHT_GRADIENTS: lambda: {"weight_gradients": WeightGradients(model, sites)},
+    others = [site for site in sites if site not in layers]
+    makers: dict[str, Callable[[], list[Recorder]]] = {
+        names.SQUARED_INPUTS: lambda: [InputSums(model, others)],
+        names.MEAN_INPUTS: lambda: [InputSums(model, others, lambda x: x)],
+        names.FIRING: lambda: [InputSums(model, others, _fires)],
+        names.SQUARED_UPDATES: lambda: [LayerSums(model, layers, lambda x, y: (y - x).square().mean(-1))],
+        names.TURNS: lambda: [LayerSums(model, layers, lambda x, y: 1 - cosine_similarity(x, y, dim=-1))],
+        names.GATE_GRADIENTS: lambda: [UnitGates(model, units), LayerGates(model, layers)],
+        names.SQUARED_GATE_GRADIENTS: lambda: [
+            UnitGates(model, units, torch.square),
+            LayerGates(model, layers, torch.square),
+        ],
+        names.WEIGHT_GRADIENTS: lambda: [WeightGradients(model, sites)],
     }
-    return {name: recorder for need in sorted(needs) for name, recorder in makers[need]().items()}
+    return [(need, recorder) for need in sorted(needs) for recorder in makers[need]()]
 
 
-def _run(model: nn.Module, batch: Batch, recorders: Mapping[str, Recorder], with_gradients: bool) -> int:
+def _fires(x: Tensor) -> Tensor:
+    """(n_tokens, d) -> 1 where |x| is above a tenth of the token's root mean square: 0 is below, whatever the rest."""
+    return (x.abs() > 0.1 * x.square().mean(-1, keepdim=True).sqrt()).to(x.dtype)
+
+
+def _run(model: nn.Module, batch: Batch, recorders: Sequence[tuple[str, Recorder]], with_gradients: bool) -> int:
     """One forward pass, and backward pass of the summed loss. Returns how many labels the loss ran over."""
     count = 0
     if with_gradients:
         batch = with_labels(model, batch)
         count = n_labels(model, batch)
-    for recorder in recorders.values():
+    for _, recorder in recorders:
         recorder.begin(batch)
     with torch.set_grad_enabled(with_gradients):
         outputs = model(**batch.inputs)
         if with_gradients:
-            loss_sum(outputs, batch, count).backward()
-    for recorder in recorders.values():
+            loss = loss_sum(outputs, batch, count)
+            if not loss.requires_grad:
+                raise CalibrationError(
+                    f"the loss of calibration batch {batch.index} depends on nothing that is to be scored. "
+                    "Add calibration data that reaches those modules, or leave them out with `exclude`."
+                )
+            loss.backward()
+    for _, recorder in recorders:
         recorder.end()
     return count
 
@@ -144,16 +154,10 @@ def evaluation(
                 config.use_cache = use_cache
 
 
-def _statistics(recorders: Mapping[str, Recorder], n_samples: int, n_labels: int) -> Statistics:
+def _statistics(recorders: Sequence[tuple[str, Recorder]], n_samples: int, n_labels: int) -> Statistics:
     statistics = Statistics(n_samples=n_samples, n_labels=n_labels)
-    for name, recorder in recorders.items():
+    for need, recorder in recorders:
         for key, total in recorder.sums.items():
-            if name == "inputs":
-                statistics.squared_inputs[key] = total / recorder.counts[key].clamp(min=1)
-            elif name == "updates":
-                statistics.squared_updates[key] = total / recorder.counts[key].clamp(min=1)
-            elif name == "weight_gradients":
-                statistics.weight_gradients[key] = total / max(1, n_labels)
-            else:
-                statistics.gate_gradients[key] = total / max(1, n_labels)
+            over = max(1, n_labels) if need in NEEDS_OF_GRADIENTS else recorder.counts[key].clamp(min=1)
+            getattr(statistics, need)[key] = total / over
     return statistics

@@ -41,23 +41,18 @@ def loss_sum(outputs: Any, batch: Batch, count: int) -> Tensor:
     """The model's mean loss times the `count` of its terms, float32 scalar.
 
     Raises:
-        CalibrationError: the model returned no loss, one without a gradient, or one that isn't finite.
+        CalibrationError: the model returned no loss, or one that isn't finite.
     """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
         raise CalibrationError(
-            f"calibration batch {batch.index} gave no loss (keys: {sorted(batch.inputs)}), and the criterion needs its "
-            "gradient. Add the labels that the model takes, or use a criterion without a loss: l1, l2, activation."
+            f"calibration batch {batch.index} gave no loss (keys: {sorted(batch.inputs)}), and the criterion needs "
+            "one. Add the labels that the model takes, or use a criterion without a loss: l1, l2, activation."
         )
     if not torch.isfinite(loss).all():
         raise CalibrationError(
             f"the loss of calibration batch {batch.index} is {loss.item()}; expected a finite number. Look for broken "
             "samples or labels, or load the model in bfloat16 or float32."
-        )
-    if not loss.requires_grad:
-        raise CalibrationError(
-            f"the loss of calibration batch {batch.index} depends on nothing that is to be scored. "
-            "Add calibration data that reaches those modules, or leave them out with `exclude`."
         )
     return loss.float() * count if loss.dtype != torch.float64 else loss * count
 

@@ -8,7 +8,7 @@ Axes: B samples, T positions, d entries, n_units, width entries a unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,11 +39,13 @@ class Recorder(Protocol):
         """Its forward pass, and backward pass if any, are over."""
 
 
-class SquaredInputs:
-    """Sums over tokens of the squared input of modules, (d_in,); counts are tokens."""
+class InputSums:
+    """Sums over tokens of a function of the input of modules, (d_in,); counts are tokens."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site | WeightSite]):
-        self._model = model
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site | WeightSite], of: Callable[[Tensor], Tensor] = torch.square
+    ):
+        self._model, self._of = model, of
         self._decoder = decoder_modules(model)
         self.sums = {name: _zeros(d_in) for name, d_in in _input_sizes(model, sites)}
         self.counts = {name: _zeros(1) for name in self.sums}
@@ -62,17 +64,17 @@ class SquaredInputs:
     def _hook(self, name: str, in_decoder: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = self._batch.tokens(_first_tensor(args, kwargs).detach(), in_decoder)  # (n_tokens, d_in)
-            self.sums[name] += _float64(_at_least_float32(x).square(), dim=(0,))
+            self.sums[name] += _float64(self._of(_at_least_float32(x)), dim=(0,))
             self.counts[name] += len(x)
 
         return hook
 
 
-class SquaredUpdates:
-    """Sums over tokens of the mean over entries of (output - input)² of layers, (n_units,); counts are tokens a unit."""
+class LayerSums:
+    """Sums over tokens of a function of the input and output of layers, (n_units,); counts are tokens a unit."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]):
-        self._model = model
+    def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor, Tensor], Tensor]):
+        self._model, self._of = model, of
         self._decoder = decoder_modules(model)
         self._positions = {site.key: _CallPositions(site) for site in sites}
         self.sums = {site.key: _zeros(site.n_units) for site in sites}
@@ -90,29 +92,32 @@ class SquaredUpdates:
             positions.begin()
 
     def end(self) -> None:
-        _require_finite(self.sums, self._batch, "updates")
+        _require_finite(self.sums, self._batch, "layers")
 
     def _hook(self, key: str, name: str, in_decoder: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             unit = self._positions[key].next(name)
-            update = self._batch.tokens(_update(args, kwargs, output), in_decoder)  # (n_tokens, d_model)
-            self.sums[key][unit] += _float64(update.square()) / update.shape[-1]
-            self.counts[key][unit] += len(update)
+            before, after = (
+                _at_least_float32(self._batch.tokens(x.detach(), in_decoder))  # (n_tokens, d_model)
+                for x in (_first_tensor(args, kwargs), _first_tensor((output,), {}))
+            )
+            self.sums[key][unit] += _float64(self._of(before, after))
+            self.counts[key][unit] += len(before)
 
         return hook
 
 
 class UnitGates:
-    """Sums over samples of |dL/dg|, g a factor on what a unit hands to every module that reads it; (n_units,).
+    """Sums over samples of |dL/dg| (or another function of it), g a factor on what a unit hands to every module that reads it; (n_units,).
 
     By the chain rule dL/dg is the sum of a · dL/da over all that the unit hands on. One gate a unit: all reads, calls
     and positions are added up before the absolute value. Counts are calls.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor], Tensor] = torch.abs):
         self._model = model
         self._sites = sites
-        self._gates = _SampleSums()
+        self._gates = _SampleSums(of)
         self.sums = {site.key: _zeros(site.n_units) for site in sites}
         self.counts = {site.key: _zeros(1) for site in sites}
 
@@ -149,11 +154,11 @@ class UnitGates:
 
 
 class LayerGates:
-    """Sums over samples of |dL/dg| with output = input + g (block(input) - input); (n_units,). Counts are calls."""
+    """Sums over samples of |dL/dg| (or another function of it) with output = input + g (block(input) - input); (n_units,). Counts are calls."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor], Tensor] = torch.abs):
         self._model = model
-        self._gates = _SampleSums()
+        self._gates = _SampleSums(of)
         self._positions = {site.key: _CallPositions(site) for site in sites}
         self.sums = {site.key: _zeros(site.n_units) for site in sites}
         self.counts = {site.key: _zeros(site.n_units) for site in sites}
@@ -227,7 +232,8 @@ class WeightGradients:
 class _SampleSums:
     """Gate gradients of one batch by key, (B, n_units) float64: signed until all of a sample's are added up."""
 
-    def __init__(self) -> None:
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        self._of = of
         self._by_key: dict[str, Tensor] = {}
 
     def clear(self) -> None:
@@ -239,7 +245,7 @@ class _SampleSums:
 
     def fold_into(self, sums: dict[str, Tensor]) -> None:
         for key, gates in self._by_key.items():
-            sums[key] += gates.abs().sum(0).cpu()
+            sums[key] += self._of(gates).sum(0).cpu()
 
 
 class _CallPositions:

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from hf_prune.structure.sites import Read, Site, TensorSlice, WeightSite
 
 
+# What a criterion may ask for; each is the field of `Statistics` of the same name.
 SQUARED_INPUTS = "squared_inputs"
+MEAN_INPUTS = "mean_inputs"
+FIRING = "firing"
 SQUARED_UPDATES = "squared_updates"
+TURNS = "turns"
 GATE_GRADIENTS = "gate_gradients"
+SQUARED_GATE_GRADIENTS = "squared_gate_gradients"
 WEIGHT_GRADIENTS = "weight_gradients"
-NEEDS = frozenset({SQUARED_INPUTS, SQUARED_UPDATES, GATE_GRADIENTS, WEIGHT_GRADIENTS})
-NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, WEIGHT_GRADIENTS})
+NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, SQUARED_GATE_GRADIENTS, WEIGHT_GRADIENTS})
 
 
 @dataclass
@@ -24,16 +28,25 @@ class Statistics:
 
     Attributes:
         squared_inputs: by module name, (d_in,): mean over tokens of the squared input, padding left out.
+        mean_inputs: by module name, (d_in,): mean over tokens of the input.
+        firing: by module name, (d_in,): share of tokens in which the input is more than a tenth of the root mean square
+            of all inputs of that token.
         squared_updates: by site key, (n_units,): mean over tokens and entries of (output - input)² of each layer.
+        turns: by site key, (n_units,): mean over tokens of 1 - cos(input, output) of each layer.
         gate_gradients: by site key, (n_units,): sum over samples of |dL/dg|, g a factor on the unit's contribution.
+        squared_gate_gradients: by site key, (n_units,): sum over samples of (dL/dg)².
         weight_gradients: by parameter name, its shape: dL/dw.
         n_samples: samples seen.
         n_labels: label tokens (or samples with a label) that the loss L, a sum, was divided by; 0 without gradients.
     """
 
     squared_inputs: dict[str, Tensor] = field(default_factory=dict)
+    mean_inputs: dict[str, Tensor] = field(default_factory=dict)
+    firing: dict[str, Tensor] = field(default_factory=dict)
     squared_updates: dict[str, Tensor] = field(default_factory=dict)
+    turns: dict[str, Tensor] = field(default_factory=dict)
     gate_gradients: dict[str, Tensor] = field(default_factory=dict)
+    squared_gate_gradients: dict[str, Tensor] = field(default_factory=dict)
     weight_gradients: dict[str, Tensor] = field(default_factory=dict)
     n_samples: int = 0
     n_labels: int = 0

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.statistics import SQUARED_INPUTS, SQUARED_UPDATES, Statistics, output_slice
-from hf_prune.errors import RecipeError
+from hf_prune.calibration.statistics import SQUARED_INPUTS, SQUARED_UPDATES, Statistics
+from hf_prune.criteria.base import no_weights, squared_columns, sum_by_unit
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -31,13 +31,9 @@ class Activation:
             return statistics.squared_updates[site.key].sqrt().float()
         total = torch.zeros(site.n_units, dtype=torch.float64)
         for read in site.reads:
-            weight = model.get_submodule(read.module).weight
-            assert isinstance(weight, Tensor)
-            columns = weight.detach().double().square().sum(1 - output_slice(site, read).dim).cpu()  # (d_in,)
-            written = columns * statistics.squared_inputs[read.module]
-            written = written.narrow(0, read.span.start, site.n_units * read.span.width)
-            total += written.reshape(site.n_units, read.span.width).sum(1)
+            written = squared_columns(model, site, read) * statistics.squared_inputs[read.module]
+            total += sum_by_unit(site, read, written)
         return total.sqrt().float()
 
     def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
-        raise RecipeError("criterion activation is not defined for weights; it is for heads, neurons and layers")
+        raise no_weights("activation")

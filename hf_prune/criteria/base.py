@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.statistics import Statistics, is_parameter
-from hf_prune.structure.sites import Site, Target, WeightSite
+from hf_prune.calibration.statistics import Statistics, is_parameter, output_slice
+from hf_prune.errors import RecipeError
+from hf_prune.structure.sites import Read, Site, Target, WeightSite
 
 
 class Criterion(Protocol):
@@ -21,13 +22,38 @@ class Criterion(Protocol):
     loss_units: ClassVar[bool]
 
     def needs(self, target: Target) -> frozenset[str]:
-        """The statistics that `target` needs, of `hf_prune.calibration.statistics.NEEDS`."""
+        """The statistics that `target` needs, fields of `Statistics`."""
 
     def score_units(self, model: nn.Module, site: Site, statistics: Statistics | None) -> Tensor:
         """Float32 (n_units,) on the CPU."""
 
     def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
         """Float32 of the weight's shape, on the CPU."""
+
+
+@runtime_checkable
+class RanksUnits(Criterion, Protocol):
+    """A criterion that runs the model by itself, with the number of units that will leave in mind."""
+
+    def rank_units(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        batches: Sequence[Mapping[str, Any]],
+        n_removed: Mapping[str, int],
+        seed: int,
+    ) -> dict[str, Tensor]:
+        """Float32 scores (n_units,) on the CPU, by site key, given how many units leave each site."""
+
+
+@runtime_checkable
+class PrunesMatrices(Criterion, Protocol):
+    """A criterion that chooses the entries of a matrix and gives new values to those that stay."""
+
+    def prune(
+        self, matrix: Tensor, gram: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keep-mask and values (d_out, d_in), from the Gram matrix (d_in, d_in) of the inputs."""
 
 
 def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -59,6 +85,24 @@ def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tenso
             start += size
         n_entries += values.numel() // site.n_units
     return total / n_entries
+
+
+def squared_columns(model: nn.Module, site: Site, read: Read) -> Tensor:
+    """|W_out[:, j]|² for each input j of the output projection that reads a site's units: float64 (d_in,)."""
+    weight = model.get_submodule(read.module).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().double().square().sum(1 - output_slice(site, read).dim).cpu()
+
+
+def sum_by_unit(site: Site, read: Read, values: Tensor) -> Tensor:
+    """(d_in,) by input of the output projection -> (n_units,): the sum over each unit's entries."""
+    inside = values.narrow(0, read.span.start, site.n_units * read.span.width)
+    return inside.reshape(site.n_units, read.span.width).sum(1)
+
+
+def no_weights(name: str) -> RecipeError:
+    """The error of a criterion that scores units only."""
+    return RecipeError(f"criterion {name} is not defined for weights")
 
 
 def _slices(model: nn.Module, site: Site) -> Iterator[tuple]:

@@ -34,7 +34,6 @@ class SparseGPT:
     damping: float = 0.01
     refine: int = 20
     loss_units: ClassVar[bool] = False
-    updates: ClassVar[bool] = True
 
     def needs(self, target: Target) -> frozenset[str]:
         return frozenset()
@@ -46,7 +45,7 @@ class SparseGPT:
         raise AssertionError("sparsegpt chooses block by block; see `prune`")
 
     def prune(
-        self, matrix: Tensor, gram: Tensor, there: Tensor, sparsity: float, group: tuple[int, int] | None = None
+        self, matrix: Tensor, gram: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Which entries stay, and their new values.
 
@@ -54,7 +53,7 @@ class SparseGPT:
             matrix: (d_out, d_in).
             gram: (d_in, d_in), float64.
             there: bool (d_out, d_in): entries that may be kept; the others are zero already.
-            sparsity: the fraction of `there` that leaves; of no account with `group`.
+            n_leaving: how many entries of `there` leave; of no account with `group`.
             group: (n, m): n of every m along d_in stay.
 
         Returns:
@@ -67,18 +66,19 @@ class SparseGPT:
         damped.diagonal().add_(self.damping * damped.diagonal().mean())
         wanted = wanted.masked_fill(dead, 0.0)  # columns whose input never fires: any value will do
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-        keep, values = self._sweep(wanted.clone(), factor, there, sparsity, group)
+        keep, values = self._sweep(wanted.clone(), factor, there, n_leaving, group)
         if self.refine:
             values = _solve_on_support(values, wanted, keep, damped.float(), self.refine)
         return keep, values
 
     def _sweep(
-        self, matrix: Tensor, factor: Tensor, there: Tensor, sparsity: float, group: tuple[int, int] | None
+        self, matrix: Tensor, factor: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
         """Algorithm 1. `factor` is the upper Cholesky factor of H⁻¹: row j holds what column j hands on."""
         keep = there.clone()
         n_columns = matrix.shape[1]
         width = self.block if group is None else self.block // group[1] * group[1] or group[1]
+        n_there = int(there.sum())
         n_seen = n_removed = 0
         for start in range(0, n_columns, width):
             stop = min(start + width, n_columns)
@@ -86,9 +86,9 @@ class SparseGPT:
             scale = handed.diagonal()
             if group is None:
                 n_seen += int(there[:, start:stop].sum())
-                n_leaving = round(sparsity * n_seen) - n_removed
-                n_removed += n_leaving
-                keep[:, start:stop] &= ~_lowest((columns / scale).square(), there[:, start:stop], n_leaving)
+                n_here = round(n_leaving * n_seen / max(1, n_there)) - n_removed
+                n_removed += n_here
+                keep[:, start:stop] &= ~_lowest((columns / scale).square(), there[:, start:stop], n_here)
             lost = torch.zeros_like(columns)
             for j in range(stop - start):
                 if group is not None and j % group[1] == 0:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from hf_prune.apply.masks import masks_of
+from hf_prune.errors import CalibrationError
 from hf_prune.plan import KeepMasks, PruningPlan, made_for
+from hf_prune.planning.repair import Wanted, repair
 from hf_prune.planning.step import StepPlanner
 from hf_prune.recipe import Recipe
-from hf_prune.structure import inspect_model
+from hf_prune.structure import ModelStructure, inspect_model
 
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
@@ -56,11 +58,45 @@ def make_plan(
         model=made_for(structure),
         n_near_ties=previous.n_near_ties if previous else 0,  # the cut of an earlier update may have fallen otherwise
     )
+    repairs = _Repairs(model, structure, plan, batches, recipe.seed)
     for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
         before = previous.steps[number] if previous else KeepMasks()
         if reached <= 0:
             plan.steps.append(before)
             continue
         planner = StepPlanner(model, structure, recipe, step, batches, plan.masks)
+        if planner.updates_weights:
+            repairs.make()  # what is repaired is then pruned further, not the other way round
         plan.steps.append(planner.choose(before, reached, plan))
+        repairs.ask_for(step, plan.steps[-1])
+    repairs.make()
     return plan
+
+
+class _Repairs:
+    """What the steps so far want to be made up for; all of it in one pass, once no further unit leaves."""
+
+    def __init__(
+        self, model: nn.Module, structure: ModelStructure, plan: PruningPlan, batches: Sequence[Any] | None, seed: int
+    ):
+        self.model, self.structure, self.plan, self.batches, self.seed = model, structure, plan, batches, seed
+        self.wanted = Wanted()
+        self.is_due = False
+
+    def ask_for(self, step: Any, masks: KeepMasks) -> None:
+        if step.compensation == "none" or not masks:
+            return
+        if not self.batches:
+            raise CalibrationError(
+                f"compensation {step.compensation} of {step.target} is fitted on data; pass `calibration`, an iterable "
+                "of the keyword inputs that the model takes"
+            )
+        self.wanted.add(self.structure, step.target, step.compensation, masks)
+        self.is_due = True
+
+    def make(self) -> None:
+        if self.is_due:
+            assert self.batches is not None
+            found = repair(self.model, self.structure, self.plan.masks, self.wanted, self.batches, seed=self.seed)
+            self.plan.replacements.update(found)
+            self.is_due = False

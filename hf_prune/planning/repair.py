@@ -40,22 +40,16 @@ class Wanted:
     before_runs: bool = False  # the projection before each run of dropped layers
     after_drops: bool = False  # every output projection of the blocks behind the first dropped one
 
-
-def wanted_of(structure: ModelStructure, steps: Sequence[tuple[Any, KeepMasks]]) -> Wanted:
-    """From each step of a recipe, and what it removes."""
-    wanted = Wanted()
-    for step, masks in steps:
-        if step.compensation == "none":
-            continue
-        if step.target == "layers":
-            wanted.before_runs = True
-            wanted.after_drops |= step.compensation == "least_squares"
-            continue
+    def add(self, structure: ModelStructure, target: str, compensation: str, masks: KeepMasks) -> None:
+        """What one step asks for, given what it removes."""
+        if target == "layers":
+            self.before_runs = True
+            self.after_drops |= compensation == "least_squares"
+            return
         for key, keep in masks.units.items():
             if not keep.all():
                 reads = {read.module for read in structure[key].reads}
-                (wanted.biases if step.compensation == "bias" else wanted.projections).update(reads)
-    return wanted
+                (self.biases if compensation == "bias" else self.projections).update(reads)
 
 
 def repair(
@@ -162,7 +156,7 @@ class _StackRepair:
                 if not any(self.kept[:position]):  # a dropped beginning: no block before it can make up for it
                     self._advance(dense, reference, position)
                 continue
-            scratch = masked_copy(self.model, self.structure, self.masks, block)
+            scratch = masked_copy(self.model, self.structure, self.masks, block, {})
             last = position
             while last + 1 < len(self.blocks) and not self.kept[last + 1]:
                 last += 1

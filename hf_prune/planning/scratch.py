@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,15 @@ from hf_prune.structure import ModelStructure
 
 
 @torch.no_grad()
-def masked_copy(model: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str) -> nn.Module:
-    """A copy of the module `block`, without hooks, in which `masks` are zeros."""
+def masked_copy(
+    model: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str, replacements: Mapping[str, Tensor]
+) -> nn.Module:
+    """A copy of the module `block`, without hooks, with `replacements` in place, in which `masks` are zeros."""
     scratch = scratch_copy(model.get_submodule(block))
     parameters = dict(scratch.named_parameters(remove_duplicate=False))
+    for name, tensor in replacements.items():
+        if name.startswith(f"{block}."):
+            parameters[name[len(block) + 1 :]].copy_(tensor)
     for key, keep in masks.units.items():
         gone = torch.nonzero(~keep).reshape(-1)
         for piece in structure[key].slices if len(gone) else ():

@@ -38,6 +38,7 @@ def sparsify(
     model: nn.Module,
     structure: ModelStructure,
     masks: KeepMasks,
+    replacements: Mapping[str, Tensor],
     sites: Sequence[WeightSite],
     there: Mapping[str, Tensor],
     prune: Prune,
@@ -51,6 +52,7 @@ def sparsify(
         model: as it was before pruning.
         structure: of the model.
         masks: what earlier steps removed.
+        replacements: the new values that earlier steps gave, by parameter name.
         sites: the matrices to prune.
         there: by parameter name, the entries that may be kept.
         prune: the algorithm for one matrix.
@@ -81,7 +83,7 @@ def sparsify(
                 chain = record_chain(model, name, blocks, mine, replaced)
                 keep = masks.units.get(f"layers:{name}", torch.ones(len(blocks), dtype=torch.bool))
                 for position in torch.nonzero(keep).reshape(-1).tolist():
-                    scratch = masked_copy(model, structure, masks, blocks[position])
+                    scratch = masked_copy(model, structure, masks, blocks[position], replacements)
                     _prune_block(scratch, chain, position, inside, there, prune, done)
                     for number, calls in enumerate(chain.calls):
                         chain.hidden[number] = calls[position](scratch, chain.hidden[number])

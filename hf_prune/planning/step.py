@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from hf_prune.calibration import collect
 from hf_prune.calibration.batches import Batch, first_sample
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.criteria import get as get_criterion
-from hf_prune.errors import CalibrationError, UnsupportedModelError
+from hf_prune.criteria.base import PrunesMatrices, RanksUnits
+from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks, PruningPlan
+from hf_prune.planning.sparsify import sparsify
 from hf_prune.recipe import Recipe
 from hf_prune.structure import ModelStructure, Site, WeightSite, require_sites
 from hf_prune.structure.cost import UnitCosts, mac_costs, parameter_costs
@@ -43,13 +46,21 @@ class StepPlanner:
             options["seed"] = recipe.seed
         self.criterion = None if step.remove is not None else get_criterion(step.criterion.name, options)
 
+    @property
+    def updates_weights(self) -> bool:
+        """Whether the criterion chooses weights block by block, and gives those that stay new values."""
+        return isinstance(self.criterion, PrunesMatrices)
+
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
+        """What the step keeps after this update; notes, near-ties and new values go into `plan`."""
         if self.step.target == "weights":
             weights = select_sites(self.step, self.structure.weights)
             present = {site.name: present_entries(self.structure, self.kept, site) for site in weights}
             earlier = self.kept.weights
             eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
             gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
+            if isinstance(self.criterion, PrunesMatrices):
+                return before & self._sparsify(self.criterion, weights, eligible, gone, progress, plan)
             scores = self._scores(weights)
             chosen = choose_weights(self.step, weights, scores, eligible, gone, progress=progress, present=present)
             keep = KeepMasks(weights=chosen.keep)
@@ -66,17 +77,30 @@ class StepPlanner:
                 site.key: self.kept.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool)) for site in sites
             }
             gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
-            chosen = choose_units(
+            choose = partial(
+                choose_units,
                 self.step,
                 sites,
-                self._scores(sites),
-                eligible,
-                gone,
+                eligible=eligible,
+                removed_before=gone,
                 progress=progress,
                 costs=self._costs(),
                 loss_units=bool(self.criterion and self.criterion.loss_units),
                 allowed_sizes=(lambda group: allowed_sizes(self.model, group, leaving)) if self.step.uniform else None,
             )
+            if isinstance(self.criterion, RanksUnits):
+                # how many leave each site doesn't depend on scores here; which, it measures with that many in mind
+                kept = choose(scores={site.key: torch.zeros(site.n_units) for site in sites}).keep
+                scores = self.criterion.rank_units(
+                    self._as_left(),
+                    sites,
+                    self._require_batches(),
+                    {key: int((~keep).sum()) for key, keep in kept.items()},
+                    self.recipe.seed,
+                )
+            else:
+                scores = self._scores(sites)
+            chosen = choose(scores=scores)
             keep = KeepMasks(units=chosen.keep)
         plan.notes += [note for note in chosen.notes if note not in plan.notes]
         plan.n_near_ties += chosen.n_near_ties
@@ -87,18 +111,8 @@ class StepPlanner:
         if self.criterion is None:
             return {}
         needs = self.criterion.needs(self.step.target)
-        model = self.model
-        if needs:
-            if not self.batches:
-                raise CalibrationError(
-                    f"criterion {self.step.criterion.name!r} scores {self.step.target} by data; pass `calibration`, an "
-                    "iterable of the keyword inputs that the model takes (with labels where it needs a loss)"
-                )
-            if self.kept != masks_of(model):
-                # earlier steps have removed something: score what is left as it will compute, on a scratch copy
-                model = copy.deepcopy(model)
-                set_masks(model, self.kept)
-        statistics = collect(model, self.batches or [], needs, sites, seed=self.recipe.seed) if needs else None
+        model = self._as_left() if needs else self.model
+        statistics = collect(model, self._require_batches(), needs, sites, seed=self.recipe.seed) if needs else None
         scores = {}
         for site in sites:
             if isinstance(site, WeightSite):
@@ -106,6 +120,71 @@ class StepPlanner:
             else:
                 scores[site.key] = self.criterion.score_units(model, site, statistics)
         return scores
+
+    def _require_batches(self) -> list[Mapping[str, Any]]:
+        if not self.batches:
+            raise CalibrationError(
+                f"criterion {self.step.criterion.name!r} scores {self.step.target} by data; pass `calibration`, an "
+                "iterable of the keyword inputs that the model takes (with labels where it needs a loss)"
+            )
+        return self.batches
+
+    def _as_left(self) -> nn.Module:
+        """The model without what earlier steps removed: itself, or a scratch copy."""
+        if self.kept == masks_of(self.model):
+            return self.model
+        model = copy.deepcopy(self.model)
+        set_masks(model, self.kept)
+        return model
+
+    def _sparsify(
+        self,
+        criterion: PrunesMatrices,
+        sites: Sequence[WeightSite],
+        eligible: Mapping[str, Tensor],
+        gone: Mapping[str, Tensor],
+        progress: float,
+        plan: PruningPlan,
+    ) -> KeepMasks:
+        """Choose and update together, on the model as earlier steps and their repairs leave it."""
+        pattern = self.step.pattern
+        group = (pattern.n, pattern.m) if pattern.kind == "n_m" else None
+        if group and progress < 1:
+            raise RecipeError(
+                f"criterion {self.step.criterion.name} prunes N:M at once: use schedule one_shot, or another criterion"
+            )
+        left = {name: mask & ~gone[name] if name in gone else mask for name, mask in eligible.items()}
+
+        def prune(site: WeightSite, matrix: Tensor, gram: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+            rows, columns = (torch.nonzero(there.any(dim)).reshape(-1) for dim in (1, 0))
+            if group and len(columns) % group[1]:
+                raise RecipeError(
+                    f"{site.name}: {group[1]} of {group[0]}:{group[1]} does not divide its {len(columns)} inputs; exclude it"
+                )
+            keep, values = torch.zeros_like(there), torch.zeros_like(matrix, dtype=torch.float32)
+            n_left = int(there.sum())
+            if n_left:
+                n_eligible = int(eligible[site.name].sum())
+                n_leaving = 0 if group else round(progress * self.step.sparsity * n_eligible) - (n_eligible - n_left)
+                inner = (rows[:, None], columns)
+                keep[inner], values[inner] = criterion.prune(
+                    matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group
+                )
+            return keep, values
+
+        done = sparsify(
+            self.model,
+            self.structure,
+            self.kept,
+            plan.replacements,
+            sites,
+            left,
+            prune,
+            self._require_batches(),
+            seed=self.recipe.seed,
+        )
+        plan.replacements.update(done.values)
+        return KeepMasks(weights=done.keep)
 
     def _costs(self) -> UnitCosts | None:
         budget, there = self.step.sparsity, self.kept.units

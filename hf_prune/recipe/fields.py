@@ -14,7 +14,11 @@ from hf_prune.recipe.words import NOT_YET, nearest, shown
 
 
 # type of a criterion's option in JSON Schema -> what Python has for it, and how to say it
-_OPTION_TYPES: dict[str, tuple[type, str]] = {"integer": (int, "a whole number")}
+_OPTION_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "integer": (int, "a whole number"),
+    "number": ((int, float), "a number"),
+    "boolean": (bool, "true or false"),
+}
 
 
 class Section(BaseModel):
@@ -105,8 +109,8 @@ def parse_criterion(value: Any) -> Any:
             mistakes.append(f"criterion {name} takes {takes}; unknown: {option}{nearest(str(option), known_options)}")
             continue
         kind, said = _OPTION_TYPES[known_options[option]]
-        options[option] = whole(given)
-        if not isinstance(options[option], kind) or isinstance(given, bool):
+        options[option] = whole(given) if kind is int else given
+        if not isinstance(options[option], kind) or isinstance(given, bool) != (kind is bool):
             mistakes.append(f"{option} of criterion {name} is {shown(given)}; expected {said}")
     if mistakes:
         raise ValueError("\n".join(mistakes))

@@ -20,9 +20,6 @@ LATER: tuple[tuple[str, Any], ...] = (
     ("distillation", None),
     ("part", "attention"),
     ("part", "feed_forward"),
-    ("compensation", "bias"),
-    ("compensation", "least_squares"),
-    ("compensation", "linear"),
     ("shrink", "when_final"),
 )
 # Pydantic's kinds of mistakes in our words; braces are filled from its context

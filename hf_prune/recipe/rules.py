@@ -19,12 +19,20 @@ from hf_prune.recipe.fields import (
     parse_pattern,
     parse_sparsity,
 )
-from hf_prune.recipe.vocabulary import CRITERIA, EVERY_TARGET
+from hf_prune.recipe.vocabulary import CRITERIA, EVERY_TARGET, UNITS
 
 
 AMOUNTS = ("sparsity", "threshold", "remove")
 # keys that mean nothing for single weights, with their defaults
 OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
+# criteria that choose and update together, matrix by matrix
+BLOCKWISE = ("sparsegpt",)
+# what each compensation repairs
+COMPENSATIONS: dict[str, frozenset[str]] = {
+    "bias": frozenset({"ffn_neurons", "attention_heads"}),
+    "least_squares": UNITS,
+    "linear": frozenset({"layers"}),
+}
 _WHY_NOT: dict[type, str] = {
     MacBudget: "{macs: …} is for layers, heads and neurons: zeros in a dense weight save no operation",
     ParameterBudget: "{parameters: …} is for layers, heads and neurons: zeros stay in the tensor; give a plain fraction",
@@ -74,6 +82,15 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "criterion",
                 f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}",
             )
+        if criterion.name in BLOCKWISE:
+            if step.get("threshold") is not None or (isinstance(pattern, Pattern) and pattern.kind == "block"):
+                yield "criterion", f"criterion {criterion.name} goes with a sparsity or a pattern N:M"
+            if scope != "layer":
+                yield "scope", f"criterion {criterion.name} prunes matrix by matrix, scope layer; drop {scope}"
+    compensation = step.get("compensation", "none")
+    if isinstance(target, str) and compensation in COMPENSATIONS and target not in COMPENSATIONS[compensation]:
+        of = ", ".join(sorted(COMPENSATIONS[compensation]))
+        yield "compensation", f"compensation {compensation} is for {of}, not {target}"
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
@@ -124,6 +141,19 @@ def step_schema() -> dict[str, Any]:
                 {"if": _is("target", {"enum": sorted(lacking)}), "then": {"not": _is("criterion", _named(name))}}
                 for name, entry in CRITERIA.items()
                 if (lacking := EVERY_TARGET - entry.targets)
+            ),
+            *(
+                {
+                    "if": _is("criterion", _named(name)),
+                    "then": _where(
+                        threshold={"type": "null"}, pattern={"not": {"type": "object"}}, scope={"const": "layer"}
+                    ),
+                }
+                for name in BLOCKWISE
+            ),
+            *(
+                {"if": _is("compensation", {"const": name}), "then": _where(target={"enum": sorted(targets)})}
+                for name, targets in COMPENSATIONS.items()
             ),
             _where(schedule=_where(shrink={"const": "at_end"})),
         ]

@@ -90,7 +90,7 @@ class Step(Section):
     include: tuple[str, ...] = Field((), strict=False)
     exclude: tuple[str, ...] = Field((), strict=False)
     pattern: PatternField = None
-    compensation: Literal["none"] = "none"
+    compensation: Literal["none", "bias", "least_squares", "linear"] = "none"
     schedule: Schedule | None = None
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 
 EVERY_TARGET = frozenset({"weights", "ffn_neurons", "attention_heads", "layers"})
+UNITS = EVERY_TARGET - {"weights"}
 
 
 class CriterionEntry(NamedTuple):
@@ -26,13 +27,30 @@ CRITERIA = {
     "random": CriterionEntry("random", "Random", options={"seed": "integer"}),
     "gradient": CriterionEntry("gradient", "Gradient"),
     "taylor": CriterionEntry("taylor", "Taylor"),
-    "activation": CriterionEntry("activation", "Activation", targets=EVERY_TARGET - {"weights"}),
+    "activation": CriterionEntry("activation", "Activation", targets=UNITS),
+    "fluctuation": CriterionEntry("fluctuation", "Fluctuation", targets=UNITS - {"layers"}),
+    "apoz": CriterionEntry("apoz", "Apoz", targets=frozenset({"ffn_neurons"})),
+    "fisher": CriterionEntry("fisher", "Fisher", targets=UNITS),
+    "loss_change": CriterionEntry(
+        "loss_change",
+        "LossChange",
+        targets=frozenset({"layers"}),
+        options={"greedy": "boolean", "samples": "integer"},
+    ),
+    "block_influence": CriterionEntry("block_influence", "BlockInfluence", targets=frozenset({"layers"})),
+    "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"})),
+    "ria": CriterionEntry("wanda", "Ria", targets=frozenset({"weights"}), options={"power": "number"}),
+    "sparsegpt": CriterionEntry(
+        "sparsegpt",
+        "SparseGPT",
+        targets=frozenset({"weights"}),
+        options={"block": "integer", "damping": "number", "refine": "integer"},
+    ),
 }
 
 # What the language has names for and this version has not.
 LATER_CRITERIA = frozenset(
     {
-        "angular", "apoz", "block_influence", "combined", "fisher", "fluctuation", "greedy", "loss_change", "movement",
-        "ria", "soft_movement", "sparsegpt", "wanda",
+        "angular", "combined", "greedy", "movement", "soft_movement",
     }
 )  # fmt: skip

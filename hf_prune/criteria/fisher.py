@@ -1,0 +1,31 @@
+"""Fisher information of a gate on each unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from hf_prune.calibration.statistics import SQUARED_GATE_GRADIENTS, Statistics
+from hf_prune.criteria.base import no_weights
+from hf_prune.structure.sites import Site, Target, WeightSite
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Sum over samples of (dL/dg)², g a gate on the unit: the diagonal of the empirical Fisher information, twice the
+    second-order loss change of closing the gate (Kwon et al. 2022, equations 5 to 7).
+    """
+
+    loss_units: ClassVar[bool] = True
+
+    def needs(self, target: Target) -> frozenset[str]:
+        return frozenset({SQUARED_GATE_GRADIENTS})
+
+    def score_units(self, model: nn.Module, site: Site, statistics: Statistics | None) -> Tensor:
+        assert statistics is not None
+        return statistics.squared_gate_gradients[site.key].float()
+
+    def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
+        raise no_weights("fisher")

@@ -1,0 +1,134 @@
+"""Loss change: take a unit out, and see what the loss becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.calibration.batches import Batch, take
+from hf_prune.calibration.blocks import Chain, answering, record_chain
+from hf_prune.calibration.collect import evaluation
+from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
+from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
+from hf_prune.calibration.statistics import Statistics
+from hf_prune.criteria.base import no_weights
+from hf_prune.errors import RecipeError
+from hf_prune.structure.sites import Site, Target, WeightSite
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """L(without the layer) - L, measured; greedy: once a layer is chosen to leave, the others are measured without it.
+
+    The greedy order is that of layer-wise pruning by loss in Kim et al. 2024 (Shortened LLaMA, section 3.1), there by
+    perplexity and in one shot.
+
+    Args:
+        greedy: measure anew after each removal; else all against the whole model.
+        samples: how many calibration samples to measure on; each costs about half a forward pass for each layer tried.
+    """
+
+    greedy: bool = True
+    samples: int = 8
+    loss_units: ClassVar[bool] = True
+
+    def needs(self, target: Target) -> frozenset[str]:
+        return frozenset()
+
+    def score_units(self, model: nn.Module, site: Site, statistics: Statistics | None) -> Tensor:
+        raise AssertionError("loss_change measures by itself; see `rank_units`")
+
+    def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
+        raise no_weights("loss_change")
+
+    def rank_units(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        batches: Sequence[Mapping[str, Any]],
+        n_removed: Mapping[str, int],
+        seed: int,
+    ) -> dict[str, Tensor]:
+        """Scores by site key, float32 (n_units,): the loss change; greedy: those that leave first score lowest.
+
+        Args:
+            n_removed: by site key, how many will leave.
+            batches: calibration, with labels where the model needs them for a loss.
+
+        Raises:
+            CalibrationError: there is no loss, or it is not finite.
+            RecipeError: a layer is called several times.
+        """
+        rank, world = rank_and_world()
+        device = next(model.parameters()).device
+        n_samples = sum(Batch.of(0, batch, torch.device("cpu")).n_samples for batch in batches)
+        chosen = take(batches, min(self.samples, n_samples))
+        mine = [with_labels(model, Batch.of(n, chosen[n], device)) for n in range(rank, len(chosen), world)]
+        with evaluation(model, seed), torch.no_grad():
+            return {site.key: self._rank(model, site, mine, n_removed[site.key]) for site in sites}
+
+    def _rank(self, model: nn.Module, site: Site, batches: Sequence[Batch], n_removed: int) -> Tensor:
+        if site.is_shared:
+            raise RecipeError(
+                f"criterion loss_change: {site.name} is one block called {site.n_units} times; use another"
+            )
+        chain = record_chain(model, site.name, site.blocks, batches, {})
+        scores = _losses(model, chain, []) - _loss(model, chain, n_units=site.n_units)
+        order: list[int] = []
+        while self.greedy and len(order) < n_removed:
+            order.append(int(scores.masked_fill(_at(order, site.n_units), torch.inf).argmin()))
+            if len(order) < n_removed:
+                scores = _losses(model, chain, order)
+        # those chosen come first, in their order, below all others
+        for place, unit in enumerate(reversed(order)):
+            scores[unit] = scores.min() - 1 - place
+        return scores.float()
+
+
+def _losses(model: nn.Module, chain: Chain, dropped: Sequence[int]) -> Tensor:
+    """The mean loss without `dropped` and one further layer: float64 (n_units,), zero for the dropped."""
+    losses = torch.zeros(len(chain.blocks), dtype=torch.float64)
+    kept = [position for position in range(len(chain.blocks)) if position not in dropped]
+    for number in range(len(chain.batches)):
+        hidden = chain.hidden[number]
+        for position in kept:
+            later = [other for other in kept if other > position]
+            losses[position] += _loss_of(model, chain, number, _through(model, chain, number, hidden, later))
+            hidden = _through(model, chain, number, hidden, [position])
+    return _by_label(losses, model, chain)
+
+
+def _loss(model: nn.Module, chain: Chain, n_units: int) -> Tensor:
+    """The mean loss of the whole model, float64 scalar."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for number in range(len(chain.batches)):
+        hidden = _through(model, chain, number, chain.hidden[number], range(n_units))
+        total += _loss_of(model, chain, number, hidden)
+    return _by_label(total, model, chain)
+
+
+def _through(model: nn.Module, chain: Chain, number: int, hidden: Tensor, positions: Iterable[int]) -> Tensor:
+    for position in positions:
+        hidden = chain.calls[number][position](model.get_submodule(chain.blocks[position]), hidden)
+    return hidden
+
+
+def _loss_of(model: nn.Module, chain: Chain, number: int, hidden: Tensor) -> Tensor:
+    """The summed loss if the stack's output is `hidden`."""
+    batch = chain.batches[number]
+    with answering(model, chain, hidden):
+        return loss_sum(model(**batch.inputs), batch, n_labels(model, batch)).double().cpu()
+
+
+def _by_label(total: Tensor, model: nn.Module, chain: Chain) -> Tensor:
+    count = torch.tensor([sum(n_labels(model, batch) for batch in chain.batches)], dtype=torch.float64)
+    sum_over_processes([total, count])
+    return total / count.clamp(min=1)
+
+
+def _at(units: Sequence[int], n_units: int) -> Tensor:
+    return torch.isin(torch.arange(n_units), torch.tensor(units, dtype=torch.int64))
