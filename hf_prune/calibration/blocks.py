@@ -78,6 +78,12 @@ class Chain:
     in_decoder: bool
     n_outputs: int | None = None  # of a block that returns a tuple
 
+    @torch.no_grad()
+    def run_(self, position: int, block: nn.Module) -> None:
+        """Take the hidden states of all batches through one block."""
+        for number, calls in enumerate(self.calls):
+            self.hidden[number] = calls[position](block, self.hidden[number])
+
     def tokens(self, number: int, x: Tensor) -> Tensor:
         """(B, T, d) of batch `number` -> (n_tokens, d) without padding."""
         return self.batches[number].tokens(x, self.in_decoder)

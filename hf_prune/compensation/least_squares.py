@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.calibration.reduction import sum_over_processes
+
 
 # ridge as a fraction of the mean diagonal of the Gram matrix
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_WITHOUT_TEST = 1e-2
+TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
 
 
 @dataclass
@@ -43,6 +46,21 @@ class Moments:
     def at(self, index: Tensor) -> Moments:
         """Of the inputs `index` alone."""
         return Moments(self.gram[index][:, index], self.cross[:, index], self.n_tokens)
+
+
+def is_test(index: int, n_batches: int) -> bool:
+    """Whether batch `index` of all processes' `n_batches` tests the ridge: every fifth, the last of fewer, never the only one."""
+    if n_batches < TEST_EVERY:
+        return n_batches > 1 and index == n_batches - 1
+    return index % TEST_EVERY == TEST_EVERY - 1
+
+
+def reduce_(moments: Sequence[Moments]) -> None:
+    """Sum over processes, in place."""
+    counts = torch.tensor([each.n_tokens for each in moments], dtype=torch.float64)
+    sum_over_processes([*(total for each in moments for total in (each.gram, each.cross)), counts])
+    for each, count in zip(moments, counts.tolist(), strict=True):
+        each.n_tokens = int(count)
 
 
 @dataclass(frozen=True)

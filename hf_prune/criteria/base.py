@@ -50,6 +50,8 @@ class RanksUnits(Criterion, Protocol):
 class PrunesMatrices(Criterion, Protocol):
     """A criterion that chooses the entries of a matrix and gives new values to those that stay."""
 
+    dense_target: bool  # aim at the dense model's outputs
+
     def prune(
         self, matrix: Tensor, gram: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:

@@ -19,16 +19,13 @@ from torch import Tensor, nn
 from hf_prune.calibration.batches import Batch
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
+from hf_prune.calibration.reduction import rank_and_world
 from hf_prune.calibration.residual import Junction, find_junctions
-from hf_prune.compensation.least_squares import Moments, refit
+from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
 from hf_prune.planning.scratch import Linear, masked_copy
 from hf_prune.structure import ModelStructure, stacks_of
-
-
-TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
 
 
 @dataclass
@@ -241,8 +238,8 @@ class _StackRepair:
             if bias is not None:
                 lacking -= bias.to(wide)
                 inputs = torch.cat([inputs[:, :0] if only_bias else inputs, inputs.new_ones(len(inputs), 1)], 1)
-            moments[self._is_test(current.batches[number].index)].add_(inputs, lacking)
-        _reduce(moments)
+            moments[is_test(current.batches[number].index, self.n_batches)].add_(inputs, lacking)
+        reduce_(moments)
         fit, test = moments
         for total in (fit.gram, fit.cross, test.gram, test.cross):
             if not torch.isfinite(total).all():
@@ -265,16 +262,3 @@ class _StackRepair:
             bias.copy_(bias.double() + change[:, -1])
             new["bias"] = bias.detach().cpu().clone()
         return new
-
-    def _is_test(self, index: int) -> bool:
-        """Batches that choose the ridge: every fifth, the last of fewer; none where there is but one."""
-        if self.n_batches < TEST_EVERY:
-            return self.n_batches > 1 and index == self.n_batches - 1
-        return index % TEST_EVERY == TEST_EVERY - 1
-
-
-def _reduce(moments: Sequence[Moments]) -> None:
-    counts = torch.tensor([each.n_tokens for each in moments], dtype=torch.float64)
-    sum_over_processes([*(total for each in moments for total in (each.gram, each.cross)), counts])
-    for each, count in zip(moments, counts.tolist(), strict=True):
-        each.n_tokens = int(count)

@@ -1,21 +1,25 @@
 """Weights chosen and updated together, layer by layer in the order in which the model runs them.
 
-Each matrix sees its inputs as the pruned matrices before it make them. What shares an input shares its Gram matrix.
+Each matrix sees its inputs as the pruned matrices before it make them. What shares an input shares its Gram matrix. Its
+target is what it computes itself on these inputs; or, with `dense_target`, what the dense model has in its place, so that
+it makes up for what those before it left over, as a repair does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.batches import Batch
-from hf_prune.calibration.blocks import Chain, record_chain, recorded
+from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
+from hf_prune.calibration.reduction import rank_and_world
+from hf_prune.calibration.residual import Junction, find_junctions
+from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.plan import KeepMasks
 from hf_prune.planning.scratch import Linear, masked_copy
@@ -44,6 +48,7 @@ def sparsify(
     prune: Prune,
     batches: Sequence[Mapping[str, Any]],
     *,
+    dense_target: bool = False,
     seed: int = 0,
 ) -> Sparsified:
     """Prune `sites` one after the other; the model is left as it is.
@@ -57,6 +62,7 @@ def sparsify(
         there: by parameter name, the entries that may be kept.
         prune: the algorithm for one matrix.
         batches: calibration; every process passes the same.
+        dense_target: move each matrix towards the dense model's outputs before it is pruned.
         seed: of a private random state.
 
     Raises:
@@ -81,35 +87,62 @@ def sparsify(
             inside = {site.module: site for site in sites if site.module.startswith(f"{name}.")}
             if inside:
                 chain = record_chain(model, name, blocks, mine, replaced)
+                dense = None
+                if dense_target:
+                    dense = (
+                        record_chain(model, name, blocks, mine, {})
+                        if replaced
+                        else replace(chain, hidden=[*chain.hidden])
+                    )
                 keep = masks.units.get(f"layers:{name}", torch.ones(len(blocks), dtype=torch.bool))
-                for position in torch.nonzero(keep).reshape(-1).tolist():
-                    scratch = masked_copy(model, structure, masks, blocks[position], replacements)
-                    _prune_block(scratch, chain, position, inside, there, prune, done)
-                    for number, calls in enumerate(chain.calls):
-                        chain.hidden[number] = calls[position](scratch, chain.hidden[number])
+                for position, block in enumerate(blocks):
+                    live = model.get_submodule(block)
+                    if keep[position]:
+                        scratch = masked_copy(model, structure, masks, block, replacements)
+                        reference = None if dense is None else _Reference(live, dense, position)
+                        _prune_block(scratch, chain, position, reference, inside, there, prune, done, len(batches))
+                        chain.run_(position, scratch)
+                    if dense is not None:
+                        dense.run_(position, live)
                 replaced[blocks[-1]] = chain.hidden
     return done
+
+
+@dataclass
+class _Reference:
+    """The dense model's block, on the dense model's hidden states."""
+
+    block: nn.Module
+    chain: Chain
+    position: int
 
 
 def _prune_block(
     scratch: nn.Module,
     chain: Chain,
     position: int,
+    reference: _Reference | None,
     sites: Mapping[str, WeightSite],
     there: Mapping[str, Tensor],
     prune: Prune,
     done: Sparsified,
+    n_batches: int,
 ) -> None:
     block = chain.blocks[position]
     names = [site[len(block) + 1 :] for site in sites if site.startswith(f"{block}.")]
     for together in _by_input(scratch, chain, position, names):
-        gram = _gram(scratch, chain, position, together[0])
+        fit, test = _moments(scratch, chain, position, together, reference, n_batches)
+        gram = fit.gram + test.gram
+        change = refit(fit, test if test.n_tokens else None).change if reference else None  # (sum of d_out, d_in)
         for name in together:
             site = sites[f"{block}.{name}"]
             linear = Linear.of(scratch.get_submodule(name))
             transposed = site.reduction_dim == 0
             mask = there[site.name].to(linear.weight.device)
-            keep, values = prune(site, linear.matrix, gram, mask.T if transposed else mask)
+            matrix = linear.matrix
+            if change is not None:
+                matrix, change = matrix.double() + change[: len(matrix)], change[len(matrix) :]
+            keep, values = prune(site, matrix, gram, mask.T if transposed else mask)
             linear.matrix.copy_(values)
             done.keep[site.name] = (keep.T if transposed else keep).contiguous().cpu()
             done.values[site.name] = linear.weight.detach().cpu().clone()
@@ -127,20 +160,51 @@ def _by_input(scratch: nn.Module, chain: Chain, position: int, names: Sequence[s
     return list(groups.values())
 
 
-def _gram(scratch: nn.Module, chain: Chain, position: int, name: str) -> Tensor:
-    """Σ a aᵀ over the tokens of all processes: float64 (d_in, d_in); products in float32 or better."""
-    matrix = Linear.of(scratch.get_submodule(name)).matrix
-    d_in = matrix.shape[1]
-    gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=matrix.device)
+def _moments(
+    scratch: nn.Module,
+    chain: Chain,
+    position: int,
+    together: Sequence[str],
+    reference: _Reference | None,
+    n_batches: int,
+) -> tuple[Moments, Moments]:
+    """Of the common input of the modules `together`: the sums that fit, and those that test the fit.
+
+    With a reference, `cross` is of what the modules' outputs, one after the other, lack of the dense model's; without,
+    it is empty.
+    """
+    matrix = torch.cat([Linear.of(scratch.get_submodule(name)).matrix for name in together])
+    junctions: list[Junction] = []
+    if reference is not None and chain.calls:
+        dense = reference.chain
+        found = find_junctions(reference.block, dense.calls[0][position], dense.hidden[0], list(together))
+        junctions = sorted(found, key=lambda junction: together.index(junction.projection))
+    moments = [Moments.zeros(matrix.shape[1], len(matrix) if reference else 0, matrix.device) for _ in range(2)]
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    source: Place = (together[0], "input")
     for number, calls in enumerate(chain.calls):
-        seen = calls[position].until(scratch, chain.hidden[number], [(name, "input")])
-        inputs = chain.tokens(number, seen[name, "input"])
-        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        gram += inputs.T @ inputs
-    sum_over_processes([gram])
-    if not torch.isfinite(gram).all():
+        rests = [junction.rest for junction in junctions if junction.rest]
+        seen = calls[position].until(scratch, chain.hidden[number], [source, *rests])
+        inputs = chain.tokens(number, seen[source]).to(wide)
+        lacking = inputs[:, :0]
+        if reference is not None:
+            dense = reference.chain
+            targets = dense.calls[number][position].until(
+                reference.block, dense.hidden[number], [junction.target for junction in junctions]
+            )
+            wanted = []
+            for junction in junctions:
+                target = targets[junction.target].to(wide)
+                wanted.append(target - seen[junction.rest].to(wide) if junction.rest else target)
+                if (bias := Linear.of(scratch.get_submodule(junction.projection)).bias) is not None:
+                    wanted[-1] = wanted[-1] - bias.to(wide)
+            lacking = torch.cat([chain.tokens(number, each) for each in wanted], 1) - inputs @ matrix.T.to(wide)
+        moments[is_test(chain.batches[number].index, n_batches)].add_(inputs, lacking)
+    reduce_(moments)
+    fit, test = moments
+    if not all(torch.isfinite(total).all() for total in (fit.gram, test.gram, fit.cross, test.cross)):
         raise CalibrationError(
-            f"what goes into {chain.blocks[position]}.{name} is not finite on the calibration data. Look for broken "
+            f"what goes into {chain.blocks[position]}.{together[0]} is not finite on the calibration data. Look for broken "
             "samples, or load the model in bfloat16 or float32."
         )
-    return gram
+    return fit, test

@@ -181,6 +181,7 @@ class StepPlanner:
             left,
             prune,
             self._require_batches(),
+            dense_target=criterion.dense_target,
             seed=self.recipe.seed,
         )
         plan.replacements.update(done.values)

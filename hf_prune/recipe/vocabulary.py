@@ -44,7 +44,7 @@ CRITERIA = {
         "sparsegpt",
         "SparseGPT",
         targets=frozenset({"weights"}),
-        options={"block": "integer", "damping": "number", "refine": "integer"},
+        options={"block": "integer", "damping": "number", "refine": "integer", "dense_target": "boolean"},
     ),
 }
 
