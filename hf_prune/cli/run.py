@@ -53,7 +53,8 @@ def run(
         job.plan_only(checked).print_to(out)
     elif smoke:
         job.smoke(checked, stages)
-        out.print("the recipe works: trained, pruned, verified, saved and loaded on a tiny model", highlight=False)
+        done = ("trained, " if job.smoke_trains(checked) else "") + "pruned, verified, saved and loaded"
+        out.print(f"the recipe works: {done} on a tiny model", highlight=False)
     else:
         report = job.run(checked, stages)
         report.print_to(out)

@@ -1,9 +1,9 @@
 """`hf-prune run`: load, train dense and pruned, verify, evaluate, save, report, push; or a look ahead."""
 
 from hf_prune.job.models import meta_model
-from hf_prune.job.preview import plan_only, smoke
+from hf_prune.job.preview import plan_only, smoke, smoke_trains
 from hf_prune.job.progress import Stages
 from hf_prune.job.run import run
 
 
-__all__ = ["Stages", "meta_model", "plan_only", "run", "smoke"]
+__all__ = ["Stages", "meta_model", "plan_only", "run", "smoke", "smoke_trains"]

@@ -42,9 +42,9 @@ def check_fit(recipe: Recipe, model: nn.Module) -> None:
 
 
 def of_sizes(recipe: Recipe, *, with_macs: bool) -> Recipe | None:
-    """The steps whose numbers follow from sizes alone, with random scores; None if there are none."""
+    """The steps whose numbers follow from sizes alone, with random scores and no repair; None if there are none."""
     steps = tuple(
-        step.model_copy(update={"criterion": Criterion(name="random")})
+        step.model_copy(update={"criterion": Criterion(name="random"), "compensation": "none"})
         for step in recipe.prune
         if step.target != "weights"
         and step.threshold is None

@@ -84,14 +84,20 @@ def smoke(recipe: Recipe, stages: Stages) -> PruningReport:
     with tempfile.TemporaryDirectory(prefix="hf_prune-smoke-") as scratch:
         prepared = _made_up(recipe, task)
         batch_size = min(recipe.calibration.batch_size, 8)
-        small = {
+        small: dict[str, Any] = {
             "model": {"name_or_path": scratch, "task": task},
             "data": {"name_or_path": scratch},
             "output": {"dir": scratch},
-            "training": {"max_steps": _N_STEPS, "per_device_train_batch_size": 4},
             "calibration": {"samples": 8, "length": _LENGTH, "batch_size": batch_size},
         }
+        if smoke_trains(recipe):
+            small["training"] = {"max_steps": _N_STEPS, "per_device_train_batch_size": 4}
         return compare(Recipe.from_dict(recipe.to_dict() | small), prepared, Path(scratch, "model"), stages)
+
+
+def smoke_trains(recipe: Recipe) -> bool:
+    """Whether `smoke` trains: the recipe does, or has no model either and so is for a trainer."""
+    return recipe.training is not None or recipe.model is None
 
 
 def _made_up(recipe: Recipe, task: str) -> Prepared:

@@ -194,6 +194,7 @@ def test_plan_only_reads_no_weight(cli, folder):
         "prune=[{target: weights, pattern: '2:4'}]",
         "prune=[{target: ffn_neurons, threshold: {rule: absolute, value: 0.1}}]",
         "prune=[{target: ffn_neurons, sparsity: {macs: 0.1}}, {target: layers, remove: [1]}]",
+        "prune=[{target: ffn_neurons, sparsity: 0.5, compensation: least_squares}]",
     ],
 )
 def test_plan_only_of_every_kind_of_step(cli, folder, prune):
@@ -206,6 +207,9 @@ def test_smoke_of_every_shipped_recipe(cli, name, tmp_path, monkeypatch):
     done = cli("run", name, "--smoke")
     assert done.code == 0, done.err
     assert done.out.startswith("the recipe works")
+    recipe = Recipe.from_yaml(shipped_recipes()[name])
+    trains = recipe.training is not None or recipe.model is None  # without a model: for a trainer
+    assert ("training" in done.err) == ("trained" in done.out) == trains
     assert not list(tmp_path.iterdir())
 
 
