@@ -14,7 +14,7 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """Mean over tokens of 1 - cos(input, output) of the layer (Men et al. 2024, ShortGPT, equation 1)."""
+    """Mean over tokens of 1 - cos(input, output) of the layer (ShortGPT, Men et al. 2024)."""
 
     loss_units: ClassVar[bool] = False
 

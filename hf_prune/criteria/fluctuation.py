@@ -15,8 +15,9 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 
 @dataclass(frozen=True)
 class Fluctuation:
-    """Sum over the unit's entries j of var(x_j) |W_out[:, j]|², x the input of the output projection (An et al. 2024, FLAP,
-    equation 5; the paper ranks it standardised within each layer, here `normalize` says how sites compare).
+    """Sum over the unit's entries j of var(x_j) |W_out[:, j]|², x the input of the output projection, var over tokens: the
+    weighted input feature variance of FLAP (An et al. 2024). There sites compare by scores standardised within each; here
+    `normalize` says how.
     """
 
     loss_units: ClassVar[bool] = False

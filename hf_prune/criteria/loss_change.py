@@ -24,8 +24,8 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 class LossChange:
     """L(without the layer) - L, measured; greedy: once a layer is chosen to leave, the others are measured without it.
 
-    The greedy order is that of layer-wise pruning by loss in Kim et al. 2024 (Shortened LLaMA, section 3.1), there by
-    perplexity and in one shot.
+    Against the whole model it is the perplexity criterion of Kim et al. 2024 (Shortened LLaMA), who remove all in one shot;
+    greedy, the iterated check of SLEB (Song et al. 2024). Perplexity is the exponential of the loss, and ranks alike.
 
     Args:
         greedy: measure anew after each removal; else all against the whole model.

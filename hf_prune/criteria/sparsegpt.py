@@ -18,8 +18,8 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Frantar & Alistarh 2023, algorithm 1: columns from left to right; w² / [H⁻¹]²_jj decides block by block, equation 4
-    moves what is lost to the columns behind.
+    """Frantar & Alistarh 2023, algorithm 1: columns from left to right; the least w² / [H⁻¹]²_jj leave, block by block,
+    and what is lost moves to the columns behind.
 
     Two differences: what is kept is solved for once more at the end, all columns at a time (`refine` steps of the
     conjugate gradient on the support: the algorithm can't go back to columns on the left), and H is G with a ridge.
@@ -37,6 +37,15 @@ class SparseGPT:
     refine: int = 10
     dense_target: bool = False
     loss_units: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("block", 1), ("refine", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} of criterion sparsegpt is {getattr(self, name)}; expected at least {least}")
+        if not self.damping > 0:
+            raise RecipeError(
+                f"damping of criterion sparsegpt is {self.damping}; expected a number above 0, such as 0.01"
+            )
 
     def needs(self, target: Target) -> frozenset[str]:
         return frozenset()
@@ -62,17 +71,19 @@ class SparseGPT:
         Returns:
             Keep-mask, bool (d_out, d_in), and values, float32 (d_out, d_in), zero where not kept.
         """
-        wanted = matrix.float().masked_fill(~there, 0.0)
-        damped = gram.clone()
-        dead = damped.diagonal() == 0
-        damped.diagonal()[dead] = 1.0
-        damped.diagonal().add_(self.damping * damped.diagonal().mean())
-        wanted = wanted.masked_fill(dead, 0.0)  # columns whose input never fires: any value will do
+        original = matrix.float().masked_fill(~there, 0.0)
+        damped = gram.double().clone()
+        dead = damped.diagonal() <= 0
+        scale = damped.diagonal()[~dead].mean() if not dead.all() else 1.0
+        damped.diagonal()[dead] = scale
+        damped.diagonal().add_(self.damping * scale)
+        wanted = original.masked_fill(dead, 0.0)  # columns whose input never fires leave first
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
         keep, values = self._sweep(wanted.clone(), factor, there, n_leaving, group)
         if self.refine:
-            values = _solve_on_support(values, wanted, keep, damped.float(), self.refine)
-        return keep, values
+            values = solve_on_support(values, wanted, keep, damped.float(), self.refine)
+        # what stays of those columns is as it was: nothing is known about it
+        return keep, torch.where(keep & dead, original, values)
 
     def _sweep(
         self, matrix: Tensor, factor: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
@@ -120,7 +131,7 @@ def _lowest(score: Tensor, there: Tensor, n: int) -> Tensor:
     return chosen.reshape(score.shape)
 
 
-def _solve_on_support(start: Tensor, wanted: Tensor, keep: Tensor, gram: Tensor, n_steps: int) -> Tensor:
+def solve_on_support(start: Tensor, wanted: Tensor, keep: Tensor, gram: Tensor, n_steps: int) -> Tensor:
     """argmin over X on `keep` of tr (X - W) G (X - W)ᵀ: each row by itself, by the conjugate gradient from `start`."""
     x, diagonal = start.clone(), gram.diagonal()
     residual = ((wanted - x) @ gram).masked_fill_(~keep, 0.0)

@@ -13,10 +13,10 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 
 @dataclass(frozen=True)
 class Taylor:
-    """Weights: |w dL/dw| (Molchanov et al. 2019, equation 8, without its square).
+    """Weights: |w dL/dw| (Molchanov et al. 2019, without its square).
 
-    Units: sum over samples of |dL/dg|, g a gate on the unit (Michel et al. 2019, equation 2; there the mean over
-    samples, which ranks alike).
+    Units: sum over samples of |dL/dg|, g a gate on the unit (Michel et al. 2019, section 4.1; there the mean
+    over samples, which ranks alike).
     """
 
     loss_units: ClassVar[bool] = True

@@ -16,7 +16,7 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 @dataclass(frozen=True)
 class Wanda:
     """|w_ij| ‖x_j‖, ‖x_j‖ the root of the mean square of input j over tokens (Sun et al. 2024, equation 1; there the sum over
-    tokens, which ranks alike). Compared within each output: `scope: output`.
+    tokens, which ranks alike). Compared within each output, as in the paper: `scope` is `output` if not given.
     """
 
     loss_units: ClassVar[bool] = False
@@ -35,7 +35,8 @@ class Wanda:
 
 @dataclass(frozen=True)
 class Ria:
-    """(|w_ij| / Σ_j |w_ij| + |w_ij| / Σ_i |w_ij|) ‖x_j‖^a: relative importance and activations (Zhang et al. 2024, equation 4).
+    """(|w_ij| / Σ_j |w_ij| + |w_ij| / Σ_i |w_ij|) ‖x_j‖^a: relative importance and activations (Zhang et al.
+    2024, "Plug-and-Play").
 
     Args:
         power: a.

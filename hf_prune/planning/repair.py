@@ -3,7 +3,7 @@
 Each block sees the outputs of the pruned and repaired blocks before it. The target of a projection's refit is the sum
 that the dense model has at the same place, so that a refit makes up for its own block's loss and for what those before
 it left over: Σ |s - r - W a|², s the dense sum, r and a of the pruned model. For a run of dropped layers s is the dense
-model's after the run, as in ReplaceMe (Shopkhoev et al. 2025, equation 6), where a linear map on the projection's output is
+model's after the run, as in ReplaceMe (Shopkhoev et al. 2025), where a linear map on the projection's output is
 fitted; here it is the whole projection, of which that map is a special case, and the checkpoint keeps its shape as well.
 """
 

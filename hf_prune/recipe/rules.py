@@ -27,6 +27,8 @@ AMOUNTS = ("sparsity", "threshold", "remove")
 OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
 # criteria that choose and update together, matrix by matrix
 BLOCKWISE = ("sparsegpt",)
+# criteria that measure anew after each unit that leaves a site, unless their option `greedy` is false
+GREEDY = ("loss_change",)
 # what each compensation repairs
 COMPENSATIONS: dict[str, frozenset[str]] = {
     "bias": frozenset({"ffn_neurons", "attention_heads"}),
@@ -87,10 +89,20 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield "criterion", f"criterion {criterion.name} goes with a sparsity or a pattern N:M"
             if scope != "layer":
                 yield "scope", f"criterion {criterion.name} prunes matrix by matrix, scope layer; drop {scope}"
+        if criterion.name in GREEDY and criterion.options.get("greedy", True):
+            instead = f"with {{name: {criterion.name}, greedy: false}} it goes"
+            if step.get("threshold") is not None:
+                yield (
+                    "threshold",
+                    f"criterion {criterion.name} has to know how many leave, so give a sparsity; {instead}",
+                )
+            if scope == "global":
+                yield "scope", f"criterion {criterion.name} goes through one stack at a time, scope layer; {instead}"
     compensation = step.get("compensation", "none")
-    if isinstance(target, str) and compensation in COMPENSATIONS and target not in COMPENSATIONS[compensation]:
-        of = ", ".join(sorted(COMPENSATIONS[compensation]))
-        yield "compensation", f"compensation {compensation} is for {of}, not {target}"
+    if isinstance(target, str) and isinstance(compensation, str):
+        repaired = COMPENSATIONS.get(compensation, EVERY_TARGET)
+        if target in EVERY_TARGET - repaired:
+            yield "compensation", f"compensation {compensation} is for {', '.join(sorted(repaired))}, not {target}"
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
@@ -152,6 +164,13 @@ def step_schema() -> dict[str, Any]:
                 for name in BLOCKWISE
             ),
             *(
+                {
+                    "if": _is("criterion", _named(name, greedy={"not": {"const": False}})),
+                    "then": _where(threshold={"type": "null"}, scope={"not": {"const": "global"}}),
+                }
+                for name in GREEDY
+            ),
+            *(
                 {"if": _is("compensation", {"const": name}), "then": _where(target={"enum": sorted(targets)})}
                 for name, targets in COMPENSATIONS.items()
             ),
@@ -174,5 +193,7 @@ def _given(key: str) -> dict[str, Any]:
     return _is(key, {"not": {"type": "null"}})
 
 
-def _named(criterion: str) -> dict[str, Any]:
-    return {"anyOf": [{"const": criterion}, {"type": "object", **_is("name", {"const": criterion})}]}
+def _named(criterion: str, **options: Any) -> dict[str, Any]:
+    """This criterion, by its name alone or with options that fit these."""
+    properties = {"name": {"const": criterion}, **options}
+    return {"anyOf": [{"const": criterion}, {"type": "object", "required": ["name"], "properties": properties}]}

@@ -20,6 +20,7 @@ from hf_prune.recipe.fields import (
 )
 from hf_prune.recipe.rules import step_schema
 from hf_prune.recipe.training import REFUSED, SAID_ELSEWHERE
+from hf_prune.recipe.vocabulary import CRITERIA
 
 
 Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
@@ -99,6 +100,8 @@ class Step(Section):
             object.__setattr__(self, "criterion", Criterion(name="l1" if self.target == "weights" else "l2"))
         if self.pattern is None:
             object.__setattr__(self, "pattern", Pattern(kind="unstructured"))
+        if "scope" not in self.model_fields_set and self.criterion is not None and self.target == "weights":
+            object.__setattr__(self, "scope", CRITERIA[self.criterion.name].scope)
         return self
 
     @field_serializer("sparsity", "criterion", "pattern")

@@ -12,12 +12,14 @@ UNITS = EVERY_TARGET - {"weights"}
 
 
 class CriterionEntry(NamedTuple):
-    """Where a criterion lives, the targets that it is defined for, and the options that it takes in a recipe."""
+    """Where a criterion lives, the targets that it is defined for, its options in a recipe, and who competes if a step
+    doesn't say."""
 
     module: str  # in hf_prune.criteria; imported when used, so that checking a recipe doesn't import PyTorch
     class_name: str
     targets: frozenset[str] = EVERY_TARGET
     options: Mapping[str, str] = MappingProxyType({})  # name -> type in the words of JSON Schema
+    scope: str = "layer"
 
 
 # A new criterion is a file in hf_prune/criteria and a line here.
@@ -38,7 +40,7 @@ CRITERIA = {
         options={"greedy": "boolean", "samples": "integer"},
     ),
     "block_influence": CriterionEntry("block_influence", "BlockInfluence", targets=frozenset({"layers"})),
-    "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"})),
+    "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"}), scope="output"),
     "ria": CriterionEntry("wanda", "Ria", targets=frozenset({"weights"}), options={"power": "number"}),
     "sparsegpt": CriterionEntry(
         "sparsegpt",

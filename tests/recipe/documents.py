@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_prune.recipe.shipped import shipped_recipes
+from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.recipe.yaml import read_yaml
 
 
@@ -24,7 +25,15 @@ AMOUNTS: dict[str, list[Any]] = {
 OPTIONS: dict[str, list[Any]] = {
     **AMOUNTS,
     "part": ["block"],
-    "criterion": ["l1", "l2", "taylor", "gradient", "activation", {"name": "random", "seed": 3}, {"name": "random"}],
+    "criterion": [
+        *CRITERIA,
+        {"name": "random", "seed": 3},
+        {"name": "random"},
+        {"name": "loss_change", "greedy": False, "samples": 4},
+        {"name": "ria", "power": 0.25},
+        {"name": "ria", "power": 1},
+        {"name": "sparsegpt", "block": 64, "damping": 0.05, "refine": 0, "dense_target": True},
+    ],
     "scope": ["output", "layer", "global"],
     "normalize": ["auto", "none", "mean", "max"],
     "uniform": [True, False],
@@ -34,7 +43,7 @@ OPTIONS: dict[str, list[Any]] = {
     "include": [["*.0.*"]],
     "exclude": [["*.0.*", "*.1.*"]],
     "pattern": ["unstructured", "2:4", "1:2", "4:8", {"block": [4, 4]}],
-    "compensation": ["none"],
+    "compensation": ["none", "bias", "least_squares", "linear"],
     "schedule": [{"name": "linear"}, {"begin": 0, "end": 1, "updates": 3}, {"shrink": "never"}],
 }
 SECTIONS: dict[str, list[Any]] = {
@@ -77,11 +86,20 @@ def good() -> Iterator[dict[str, Any]]:
                 yield recipe({"target": target, amount: value, "scope": "global", "criterion": "activation"})
         yield recipe({"target": target, "sparsity": 0.5, "criterion": {"name": "random", "seed": 3}, "min_keep": 2})
     yield recipe({"target": "attention_heads", "sparsity": 0.3, "uniform": True, "round_to": 2})
+    for criterion in ("fisher", "fluctuation", "apoz"):
+        yield recipe({"target": "ffn_neurons", "sparsity": 0.5, "criterion": criterion, "compensation": "bias"})
+    yield recipe({"target": "attention_heads", "sparsity": 0.5, "compensation": "least_squares"})
+    yield recipe({"target": "layers", "sparsity": 0.2, "criterion": "loss_change"})
+    for criterion in ("block_influence", {"name": "loss_change", "greedy": False, "samples": 4}):
+        yield recipe({"target": "layers", "sparsity": 0.2, "criterion": criterion, "compensation": "linear"})
     for pattern in OPTIONS["pattern"]:
         is_n_m = isinstance(pattern, str) and ":" in pattern
         amount = {} if is_n_m else {"sparsity": 0.5}
         yield recipe({"target": "weights", "pattern": pattern, "criterion": "taylor", "scope": "output", **amount})
     yield recipe({"target": "weights", "threshold": AMOUNTS["threshold"][0], "exclude": ["*.0.*"]})
+    for criterion in ("wanda", {"name": "ria", "power": 0.25}, "sparsegpt", {"name": "sparsegpt", "damping": 0.05}):
+        yield recipe({"target": "weights", "sparsity": 0.5, "criterion": criterion})
+        yield recipe({"target": "weights", "pattern": "2:4", "criterion": criterion, "scope": "layer"})
     for name, values in SECTIONS.items():
         for value in values:
             yield recipe(**{name: value})

@@ -10,6 +10,7 @@ from hf_prune.recipe.vocabulary import LATER_CRITERIA
 
 
 STEP = {"target": "ffn_neurons", "sparsity": 0.5}
+LOSSES = {"target": "layers", "criterion": "loss_change"}
 
 
 def recipe(**changes):
@@ -94,7 +95,35 @@ training: {learning_rte: 1e-3}
         ({"prune": [STEP | {"criterion": "tailor"}]}, "did you mean 'taylor'"),
         ({"prune": [STEP | {"criterion": {"name": "l1", "p": 3}}]}, "takes no options; unknown: p"),
         ({"prune": [STEP | {"allocation": "owl"}]}, "is not supported in this version"),
-        ({"prune": [STEP | {"compensation": "least_squares"}]}, "is not supported in this version"),
+        ({"prune": [STEP | {"compensation": "linear"}]}, "compensation linear is for layers, not ffn_neurons"),
+        ({"prune": [STEP | {"compensation": "least_square"}]}, "did you mean 'least_squares'"),
+        ({"prune": [STEP | {"compensation": ["bias"]}]}, r"compensation: \['bias'\] is not allowed"),
+        ({"prune": [LOSSES | {"threshold": {"rule": "absolute", "value": 1}}]}, "how many leave, so give a sparsity"),
+        ({"prune": [LOSSES | {"sparsity": 0.5, "scope": "global"}]}, "one stack at a time, scope layer"),
+        (
+            {"prune": [{"target": "layers", "sparsity": 0.5, "compensation": "bias"}]},
+            "compensation bias is for attention_heads, ffn_neurons, not layers",
+        ),
+        (
+            {"prune": [STEP | {"criterion": "wanda"}]},
+            "criterion wanda is not defined for ffn_neurons; it is for weights",
+        ),
+        (
+            {"prune": [{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt", "scope": "global"}]},
+            "criterion sparsegpt prunes matrix by matrix, scope layer; drop global",
+        ),
+        (
+            {
+                "prune": [
+                    {"target": "weights", "threshold": {"rule": "absolute", "value": 1}, "criterion": "sparsegpt"}
+                ]
+            },
+            "criterion sparsegpt goes with a sparsity or a pattern N:M",
+        ),
+        (
+            {"prune": [{"target": "weights", "sparsity": 0.5, "criterion": {"name": "sparsegpt", "block": 1.5}}]},
+            "block of criterion sparsegpt is 1.5",
+        ),
         ({"distillation": {"weight": 0.5}}, "is not supported in this version"),
         ({"schedule": {"shrink": "when_final"}}, "is not supported in this version"),
         ({"schedule": {"begin": 0.7, "end": 0.2}}, "is after end"),
