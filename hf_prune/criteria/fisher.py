@@ -16,7 +16,7 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 class Fisher:
     """Sum over samples of (dL/dg)², g a gate on the unit: the diagonal of the empirical Fisher information, which stands for
     the Hessian in the second-order loss change of closing the gate (Kwon et al. 2022, section 4.1; there the mean over
-    samples and half of it, which ranks alike).
+    samples, which ranks alike).
     """
 
     loss_units: ClassVar[bool] = True

@@ -7,7 +7,9 @@ import torch
 import yaml
 
 import hf_prune
+from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS
 from hf_prune.criteria import get
+from hf_prune.criteria.base import PrunesMatrices, RanksUnits
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import inspect_model
@@ -18,8 +20,8 @@ from tests.docs.pages import ROOT, blocks, sections, table
 PAGE, EXTENDING = ROOT / "docs" / "criteria.md", ROOT / "docs" / "extending.md"
 NEEDS = {
     "nothing": set(),
-    "inputs": {"squared_inputs", "squared_updates"},
-    "inputs and a loss": {"gate_gradients", "weight_gradients"},
+    "inputs": {"squared_inputs", "mean_inputs", "firing", "squared_updates", "turns"},
+    "inputs and a loss": NEEDS_OF_GRADIENTS,
 }
 
 
@@ -42,9 +44,15 @@ def test_there_is_no_section_for_what_is_no_criterion():
 @pytest.mark.parametrize(("name", "entry"), CRITERIA.items())
 def test_the_table_says_what_data_each_needs(name, entry):
     (row,) = (cells for names, cells in table(sections(PAGE)["Criteria"]).items() if f"[`{name}`]" in f"`{names}`")
-    needs = set().union(*(get(name).needs(target) for target in entry.targets))
+    criterion = get(name)
+    needs = set().union(*(criterion.needs(target) for target in entry.targets))
     assert needs <= NEEDS[row[0]]
-    assert bool(needs) == bool(NEEDS[row[0]])
+    if isinstance(criterion, RanksUnits):  # these two collect by themselves
+        assert row[0] == "inputs and a loss"
+    elif isinstance(criterion, PrunesMatrices):
+        assert row[0] == "inputs"
+    else:
+        assert bool(needs) == bool(NEEDS[row[0]])
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -57,6 +65,13 @@ def test_loss_units_are_said(name):
 def test_examples_are_accepted(block):
     assert block.info == "yaml step"
     assert Recipe.from_dict({"version": 1, "prune": yaml.safe_load(block.text)}).prune
+
+
+@pytest.mark.parametrize(("name", "entry"), CRITERIA.items())
+def test_what_an_option_is_if_not_given(name, entry):
+    for option, value in re.findall(r"`(\w+)` \(option, (\w[\w.]*) if not given\)", sections(PAGE)[name]):
+        assert yaml.safe_load(value) == getattr(get(name), option)
+        assert option in entry.options
 
 
 def test_data_that_lack_labels_are_an_error():

@@ -11,6 +11,7 @@ from hf_prune.criteria import get
 from hf_prune.recipe import Recipe, schema
 from hf_prune.recipe.mistakes import LATER
 from hf_prune.recipe.training import SAID_ELSEWHERE
+from hf_prune.recipe.vocabulary import LATER_CRITERIA
 from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.docs.pages import ROOT, blocks, sections, table
@@ -31,6 +32,7 @@ DEFAULTS = {
     ("Document", "schedule"): "see below",
     ("Document", "calibration"): "see below",
     ("Steps", "criterion"): "`l2`; weights: `l1`",
+    ("Steps", "scope"): "`layer`; wanda: `output`",
     ("Steps", "pattern"): "`unstructured`",
     ("Steps", "schedule"): "the recipe's",
     ("Steps", "include"): "all",
@@ -77,6 +79,9 @@ def test_the_defaults_that_depend_on_the_target():
     units, weights = recipe({"target": "layers", "sparsity": 0.5}, {"target": "weights", "sparsity": 0.5}).prune
     assert (units.criterion.name, weights.criterion.name) == ("l2", "l1")
     assert weights.pattern.kind == "unstructured"
+    step = {"target": "weights", "sparsity": 0.5}
+    assert [recipe(step | {"criterion": name}).prune[0].scope for name in ("wanda", "ria")] == ["output", "layer"]
+    assert recipe(step | {"criterion": "wanda", "scope": "layer"}).prune[0].scope == "layer"
 
 
 def test_the_threshold_rules():
@@ -93,6 +98,7 @@ def test_what_is_not_in_this_version():
     text = sections(PAGE)["Not in this version"]
     for key, value in LATER:
         assert f"`{key}`" in text if value is None else f"`{key}: {value}`" in text
+    assert all(f"`{name}`" in text for name in LATER_CRITERIA)
 
 
 def test_training_fields_that_have_a_place_elsewhere():
