@@ -155,13 +155,17 @@ def answering(model: nn.Module, chain: Chain, hidden: Tensor) -> Iterator[None]:
         return hidden if chain.n_outputs is None else (hidden, *[None] * (chain.n_outputs - 1))
 
     modules = [model.get_submodule(block) for block in dict.fromkeys(chain.blocks)]
+    before = [module.__dict__.get("forward") for module in modules]  # Accelerate puts one there
     for module in modules:
         module.forward = forward
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def scratch_copy(block: nn.Module) -> nn.Module:
@@ -204,7 +208,8 @@ def _watch(block: nn.Module, place: Place, seen: dict[Place, Tensor], enough: in
         return module.register_forward_pre_hook(
             lambda module, args, kwargs: note(BlockCall.of(args, kwargs)[0]), with_kwargs=True
         )
-    return module.register_forward_hook(lambda module, args, output: note(first_tensor(output)))
+    # a copy: what comes out may be added to in place (Falcon's parallel branches)
+    return module.register_forward_hook(lambda module, args, output: note(first_tensor(output).clone()))
 
 
 def _answering(hidden: Tensor) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, PruneError
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -34,6 +35,23 @@ def raise_together(error: CalibrationError | None) -> None:
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise error if error is not None and messages[rank] == first else CalibrationError(first)
+
+
+def as_first_rank(find: Callable[[], Any]) -> Any:
+    """What `find` returns on the first rank, on all of them; its error too. For what every rank must decide alike."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return find()
+    found: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            found[0] = find()
+        except PruneError as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def sum_over_processes(sums: Iterable[Tensor]) -> None:

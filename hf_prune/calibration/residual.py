@@ -5,6 +5,7 @@ Axes: B samples, T positions, d_model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,13 @@ from hf_prune.calibration.blocks import BlockCall, Place, first_tensor
 class Junction:
     """A projection y = W a + b of a block, and the sum s = r + y that the block goes on with.
 
-    `total` is where s is seen, `rest` where r is seen before the projection runs; both None where y isn't simply added
-    (it is normed or scaled first, or added to what is computed later): then s is y itself.
+    `total` is where s is seen; r is what is seen at `rests`, added up, before the projection runs. None and empty where y
+    isn't simply added (it is normed or scaled first, or added to what is computed later): then s is y itself.
     """
 
     projection: str
     total: Place | None = None
-    rest: Place | None = None
+    rests: tuple[Place, ...] = ()
 
     @property
     def target(self) -> Place:
@@ -33,7 +34,11 @@ class Junction:
     @property
     def sources(self) -> list[Place]:
         """Where to read a, and r if there is one."""
-        return [(self.projection, "input")] + ([self.rest] if self.rest else [])
+        return [(self.projection, "input"), *self.rests]
+
+    def rest(self, seen: Mapping[Place, Tensor]) -> Tensor | None:
+        """r, from what was seen at `sources`."""
+        return sum((seen[place] for place in self.rests[1:]), seen[self.rests[0]]) if self.rests else None
 
 
 @torch.no_grad()
@@ -45,21 +50,22 @@ def find_junctions(block: nn.Module, call: BlockCall, hidden: Tensor, projection
         call, hidden: one call of it.
         projections: names of linear layers inside the block.
     """
-    passed: list[tuple[Place, Tensor]] = []  # in the order in which they come by
+    # in the order in which they come by; copies, since a block may go on in place
+    passed: list[tuple[Place, Tensor]] = []
 
     def entering(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if args or "hidden_states" in kwargs:
                 value = BlockCall.of(args, kwargs)[0]
                 if isinstance(value, Tensor):
-                    passed.append(((name, "input"), value))
+                    passed.append(((name, "input"), value.clone()))
 
         return hook
 
     def leaving(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             if isinstance(output, Tensor) or (isinstance(output, tuple) and output and isinstance(output[0], Tensor)):
-                passed.append(((name, "output"), first_tensor(output)))
+                passed.append(((name, "output"), first_tensor(output).clone()))
 
         return hook
 
@@ -84,16 +90,23 @@ def find_junctions(block: nn.Module, call: BlockCall, hidden: Tensor, projection
 def _junction(name: str, passed: list[tuple[Place, Tensor]], places: list[Place]) -> Junction:
     starts, ends = places.index((name, "input")), places.index((name, "output"))
     y = passed[ends][1]
+    before = [(place, r) for place, r in passed[:starts] if r.shape == y.shape]
     for total, s in passed[ends + 1 :]:
         if s.shape != y.shape:
             continue
-        scale = s.abs().max()
-        rest = s - y
-        if rest.abs().max() <= 1e-6 * scale:
+        rest, bound = s - y, _close(y.dtype) * s.abs().max()
+        if rest.abs().max() <= bound:
             continue  # y itself, handed on
-        for place, r in passed[:starts]:
-            if r.shape == y.shape and (rest - r).abs().max() <= _close(y.dtype) * scale:
-                return Junction(name, total, place)
+        at_end = passed[-1][1].shape == s.shape and torch.equal(passed[-1][1], s)
+        total = passed[-1][0] if at_end else total  # a part may hand on what the block ends with
+        for place, r in before:
+            if (rest - r).abs().max() <= bound:
+                return Junction(name, total, (place,))
+        if before and before[0][0] == ("", "input"):  # of parallel branches the last joins all of them at once
+            rest = rest - before[0][1]
+            for place, r in before[1:]:
+                if (rest - r).abs().max() <= bound:
+                    return Junction(name, total, (before[0][0], place))
     return Junction(name)
 
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_prune.calibration.reduction import sum_over_processes
+from hf_prune.criteria.sparsegpt import solve_on_support
 
 
-# ridge as a fraction of the mean diagonal of the Gram matrix
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# ridge as a fraction of the mean diagonal of the Gram matrix; the least is for what can be made up for exactly
+RIDGES = (1e-10, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_WITHOUT_TEST = 1e-2
+RESTRICTED_STEPS = 50  # of the conjugate gradient, where single weights are gone
 TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
 
 
@@ -71,36 +73,63 @@ class Refit:
     ridge: float | None
 
 
-def refit(fit: Moments, test: Moments | None, ridges: Sequence[float] = RIDGES) -> Refit:
+def refit(
+    fit: Moments,
+    test: Moments | None,
+    ridges: Sequence[float] = RIDGES,
+    *,
+    n_free: int = 0,
+    may_change: Tensor | None = None,
+) -> Refit:
     """The change D that minimises Σ |e - D a|² + λ |D|²: D = C (G + λI)⁻¹.
 
     λ is the one of `ridges` (times the mean of G's diagonal) whose D, fitted on `fit`, leaves least on `test`; D is then
     fitted on both. Changing nothing competes too. Without `test` λ is `RIDGE_WITHOUT_TEST`. Inputs that never fire get
     no change.
+
+    Args:
+        n_free: the last inputs, which the ridge leaves alone: the 1 that a bias is multiplied with.
+        may_change: bool (d_out, n); the other entries of D stay zero.
     """
+    n = fit.gram.shape[0] - n_free
+    none = Refit(torch.zeros_like(fit.cross), None)
     both = fit if test is None else fit + test
-    scale = both.gram.diagonal().mean()
-    if not scale > 0:
-        return Refit(torch.zeros_like(both.cross), None)
-    chosen: float | None = RIDGE_WITHOUT_TEST
-    if test is not None:
-        best, chosen = torch.zeros((), dtype=torch.float64, device=fit.gram.device), None
+    candidates = [RIDGE_WITHOUT_TEST]
+    if test is not None and fit.gram.diagonal()[:n].mean() > 0:
+        candidates, best = [], torch.zeros((), dtype=torch.float64, device=fit.gram.device)
         for ridge in ridges:
-            change = _solve(fit, ridge)
+            change = _solve(fit, ridge, n)
+            if change is None:
+                continue
             # Σ |e - D a|² on the test tokens, less what it is for D = 0
             left = ((change @ test.gram) * change).sum() - 2 * (change * test.cross).sum()
             if left < best:
-                best, chosen = left, ridge
-    if chosen is None:
-        return Refit(torch.zeros_like(both.cross), None)
-    return Refit(_solve(both, chosen), chosen)
+                best, candidates = left, [each for each in ridges if each >= ridge]
+    for ridge in candidates:  # the next, where rounding leaves G on both parts no factor
+        change = _solve(both, ridge, n)
+        if change is not None and may_change is not None and not may_change.all():
+            change = _restricted(change, both, ridge, n, may_change)
+        if change is not None:
+            return Refit(change, ridge)
+    return none
 
 
-def _solve(moments: Moments, ridge: float) -> Tensor:
-    # in float64, and with a ridge of at least 1e-4 of the mean diagonal, the factor exists however singular G is
-    gram = moments.gram.clone()
-    gram.diagonal().add_(ridge * moments.gram.diagonal().mean())
-    return torch.cholesky_solve(moments.cross.T, torch.linalg.cholesky(gram)).T
+def _ridged(gram: Tensor, ridge: float, n: int) -> Tensor:
+    gram = gram.clone()
+    gram.diagonal()[:n].add_(ridge * gram.diagonal()[:n].mean())
+    return gram
+
+
+def _solve(moments: Moments, ridge: float, n: int) -> Tensor | None:
+    """C (G + λI)⁻¹; None where G is singular but for the ridge, and that too small for rounding."""
+    factor, failed = torch.linalg.cholesky_ex(_ridged(moments.gram, ridge, n))
+    return None if failed else torch.cholesky_solve(moments.cross.T, factor).T
+
+
+def _restricted(change: Tensor, moments: Moments, ridge: float, n: int, may_change: Tensor) -> Tensor:
+    """The best D on the entries that may change: the nearest to the free one, by the norm that G + λI makes."""
+    gram = _ridged(moments.gram, ridge, n)
+    return solve_on_support(torch.zeros_like(change), change, may_change, gram, RESTRICTED_STEPS)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

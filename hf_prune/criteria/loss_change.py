@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,10 +13,10 @@ from hf_prune.calibration.batches import Batch, take
 from hf_prune.calibration.blocks import Chain, answering, record_chain
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
-from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
+from hf_prune.calibration.reduction import raise_together, rank_and_world, sum_over_processes
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import no_weights
-from hf_prune.errors import RecipeError
+from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -35,6 +35,10 @@ class LossChange:
     greedy: bool = True
     samples: int = 8
     loss_units: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RecipeError(f"samples of criterion loss_change is {self.samples}; expected at least 1")
 
     def needs(self, target: Target) -> frozenset[str]:
         return frozenset()
@@ -93,22 +97,26 @@ def _losses(model: nn.Module, chain: Chain, dropped: Sequence[int]) -> Tensor:
     """The mean loss without `dropped` and one further layer: float64 (n_units,), zero for the dropped."""
     losses = torch.zeros(len(chain.blocks), dtype=torch.float64)
     kept = [position for position in range(len(chain.blocks)) if position not in dropped]
-    for number in range(len(chain.batches)):
+
+    def measure(number: int) -> None:
         hidden = chain.hidden[number]
         for position in kept:
             later = [other for other in kept if other > position]
             losses[position] += _loss_of(model, chain, number, _through(model, chain, number, hidden, later))
             hidden = _through(model, chain, number, hidden, [position])
-    return _by_label(losses, model, chain)
+
+    return _by_label(losses, model, chain, measure)
 
 
 def _loss(model: nn.Module, chain: Chain, n_units: int) -> Tensor:
-    """The mean loss of the whole model, float64 scalar."""
+    """The mean loss of the whole model, float64 (1,)."""
     total = torch.zeros(1, dtype=torch.float64)
-    for number in range(len(chain.batches)):
+
+    def measure(number: int) -> None:
         hidden = _through(model, chain, number, chain.hidden[number], range(n_units))
-        total += _loss_of(model, chain, number, hidden)
-    return _by_label(total, model, chain)
+        total.add_(_loss_of(model, chain, number, hidden))
+
+    return _by_label(total, model, chain, measure)
 
 
 def _through(model: nn.Module, chain: Chain, number: int, hidden: Tensor, positions: Iterable[int]) -> Tensor:
@@ -124,7 +132,15 @@ def _loss_of(model: nn.Module, chain: Chain, number: int, hidden: Tensor) -> Ten
         return loss_sum(model(**batch.inputs), batch, n_labels(model, batch)).double().cpu()
 
 
-def _by_label(total: Tensor, model: nn.Module, chain: Chain) -> Tensor:
+def _by_label(total: Tensor, model: nn.Module, chain: Chain, measure: Callable[[int], None]) -> Tensor:
+    """`total` once `measure` has added each batch to it, of all processes, by label."""
+    error: CalibrationError | None = None
+    try:
+        for number in range(len(chain.batches)):
+            measure(number)
+    except CalibrationError as caught:
+        error = caught
+    raise_together(error)
     count = torch.tensor([sum(n_labels(model, batch) for batch in chain.batches)], dtype=torch.float64)
     sum_over_processes([total, count])
     return total / count.clamp(min=1)

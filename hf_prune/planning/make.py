@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_prune.apply.masks import masks_of
@@ -64,12 +65,18 @@ def make_plan(
         if reached <= 0:
             plan.steps.append(before)
             continue
-        planner = StepPlanner(model, structure, recipe, step, batches, plan.masks)
+        earlier = previous.masks if previous else KeepMasks()
+        planner = StepPlanner(model, structure, recipe, step, batches, plan.masks, earlier)
         if planner.updates_weights:
             repairs.make()  # what is repaired is then pruned further, not the other way round
         plan.steps.append(planner.choose(before, reached, plan))
         repairs.ask_for(step, plan.steps[-1])
     repairs.make()
+    for name, tensor in plan.replacements.items():
+        if not torch.isfinite(tensor).all():
+            raise CalibrationError(
+                f"the new values of {name} don't fit into {tensor.dtype}; load the model in bfloat16 or float32"
+            )
     return plan
 
 
@@ -97,6 +104,17 @@ class _Repairs:
     def make(self) -> None:
         if self.is_due:
             assert self.batches is not None
-            found = repair(self.model, self.structure, self.plan.masks, self.wanted, self.batches, seed=self.seed)
-            self.plan.replacements.update(found)
+            plan = self.plan
+            found = repair(
+                self.model,
+                self.structure,
+                plan.masks,
+                self.wanted,
+                self.batches,
+                replacements=plan.replacements,
+                seed=self.seed,
+            )
+            plan.replacements.update(found.values)
+            notes = [*found.notes, *([found.note()] if found.ridges else [])]
+            plan.notes += [note for note in notes if note not in plan.notes]
             self.is_due = False

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from hf_prune.calibration.batches import Batch
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.reduction import rank_and_world
+from hf_prune.calibration.reduction import as_first_rank, rank_and_world
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, masked_copy
+from hf_prune.planning.scratch import Linear, kept_entries, masked_copy
 from hf_prune.structure import ModelStructure, stacks_of
 
 
@@ -49,6 +49,25 @@ class Wanted:
                 (self.biases if compensation == "bias" else self.projections).update(reads)
 
 
+@dataclass
+class Repaired:
+    """What `repair` found: new weights and biases by parameter name, of the parameters' own shapes and dtypes."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    ridges: list[float | None] = field(default_factory=list)  # by projection; None where a change made it worse
+    n_tokens: set[int] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self) -> str:
+        """How many projections were refitted, on what."""
+        ridges = [ridge for ridge in self.ridges if ridge is not None]
+        between = f", ridge {min(ridges):g} to {max(ridges):g} of the mean square input" if ridges else ""
+        kept = len(self.ridges) - len(ridges)
+        left = f"; {kept} left as they were, where no change did better on the part held out" if kept else ""
+        tokens = " to ".join(dict.fromkeys(str(n) for n in (min(self.n_tokens), max(self.n_tokens))))
+        return f"{len(ridges)} output projections were refitted on {tokens} tokens{between}{left}"
+
+
 def repair(
     model: nn.Module,
     structure: ModelStructure,
@@ -56,9 +75,10 @@ def repair(
     wanted: Wanted,
     batches: Sequence[Mapping[str, Any]],
     *,
+    replacements: Mapping[str, Tensor] | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """New weights and biases of output projections, by parameter name; of the parameters' own shapes and dtypes.
+) -> Repaired:
+    """Refit output projections; the model is left as it is.
 
     Args:
         model: as it was before pruning; it is left so.
@@ -66,6 +86,7 @@ def repair(
         masks: everything that leaves.
         wanted: which projections to refit.
         batches: calibration; every process passes the same.
+        replacements: the new values that earlier steps gave, by parameter name: what is refitted starts from them.
         seed: of a private random state.
 
     Raises:
@@ -78,18 +99,24 @@ def repair(
     mine = [Batch.of(index, batches[index], device) for index in range(rank, len(batches), world)]
     stacks = stacks_of(model)
     _check_reachable(wanted, stacks)
-    replacements: dict[str, Tensor] = {}
+    found = Repaired()
+    passes = {
+        name: _StackRepair(model, structure, masks, wanted, replacements or {}, name, blocks, len(batches), found)
+        for name, blocks in stacks.items()
+    }
     replaced: dict[str, list[Tensor]] = {}
     with evaluation(model, seed), torch.no_grad():
-        for name, blocks in stacks.items():
-            pass_ = _StackRepair(model, structure, masks, wanted, name, blocks, len(batches))
-            if not pass_.has_work and not (replaced and pass_.loses):
+        while any(pass_.has_work for pass_ in passes.values()):
+            name = next(iter(passes))
+            pass_ = passes.pop(name)
+            if not (pass_.has_work or pass_.loses or replaced):
                 continue
-            dense = record_chain(model, name, blocks, mine, {})
-            current = record_chain(model, name, blocks, mine, replaced) if replaced else dense
-            replacements |= pass_.run(dense, current)
-            replaced[blocks[-1]] = pass_.hidden
-    return replacements
+            # a stack without work runs too, where one behind it reads what it lost
+            dense = record_chain(model, name, stacks[name], mine, {})
+            current = record_chain(model, name, stacks[name], mine, replaced) if replaced else dense
+            pass_.run(dense, current)
+            replaced[stacks[name][-1]] = pass_.hidden
+    return found
 
 
 def _check_reachable(wanted: Wanted, stacks: Mapping[str, Sequence[str]]) -> None:
@@ -108,12 +135,14 @@ class _StackRepair:
         structure: ModelStructure,
         masks: KeepMasks,
         wanted: Wanted,
+        replacements: Mapping[str, Tensor],
         name: str,
         blocks: tuple[str, ...],
         n_batches: int,
+        found: Repaired,
     ):
         self.model, self.structure, self.masks, self.wanted, self.blocks = model, structure, masks, wanted, blocks
-        self.n_batches = n_batches
+        self.replacements, self.n_batches, self.found = replacements, n_batches, found
         keep = masks.units.get(f"layers:{name}")
         self.kept = [True] * len(blocks) if keep is None else keep.tolist()
         first_drop = self.kept.index(False) if False in self.kept else len(blocks)
@@ -123,7 +152,14 @@ class _StackRepair:
             for position, block in enumerate(blocks)
         ]
         self.has_work = any(self.work)
-        self.loses = any(not keep.all() for key, keep in masks.units.items() if self._is_mine(name, key))
+        self.loses = any(not keep.all() for key, keep in masks.units.items() if self._is_mine(name, key)) or any(
+            parameter.startswith(f"{name}.") for parameter in (*masks.weights, *replacements)
+        )
+        if wanted.before_runs and not self.kept[0]:
+            n_first = self.kept.index(True)
+            found.notes.append(
+                f"{name}: nothing makes up for the first {n_first} layers, since no projection comes before them"
+            )
         if self.has_work and len(set(blocks)) < len(blocks):
             raise RecipeError(
                 f"compensation can't refit {name}, whose block is called {len(blocks)} times: its weights are one"
@@ -144,36 +180,34 @@ class _StackRepair:
             return list(reads)
         return [read for read in reads if read in self.wanted.projections | self.wanted.biases]
 
-    def run(self, dense: Chain, current: Chain) -> dict[str, Tensor]:
+    def run(self, dense: Chain, current: Chain) -> None:
         """Go through the stack; `self.hidden` are then the outputs of the pruned and repaired one, by batch."""
-        replacements: dict[str, Tensor] = {}
         reference, hidden = list(dense.hidden), list(current.hidden)
         for position, block in enumerate(self.blocks):
             if not self.kept[position]:
                 if not any(self.kept[:position]):  # a dropped beginning: no block before it can make up for it
                     self._advance(dense, reference, position)
                 continue
-            scratch = masked_copy(self.model, self.structure, self.masks, block, {})
+            scratch = masked_copy(self.model, self.structure, self.masks, block, self.replacements)
             last = position
             while last + 1 < len(self.blocks) and not self.kept[last + 1]:
                 last += 1
             junctions = self._junctions(position, dense, reference, runs=last > position)
             targets = self._advance(dense, reference, position, last, junctions)
             for junction in junctions:
-                new = self._refit(scratch, junction, targets[junction], current, hidden, position)
-                replacements |= {f"{block}.{junction.projection}.{name}": tensor for name, tensor in new.items()}
+                new = self._refit(scratch, junction, targets.get(junction, []), current, hidden, position)
+                self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
             for number, call in enumerate(current.calls):
                 hidden[number] = call[position](scratch, hidden[number])
         self.hidden = hidden
-        return replacements
 
     def _junctions(self, position: int, dense: Chain, reference: Sequence[Tensor], runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]
-        if not work or not reference:
+        if not work:
             return []
         names = [name[len(block) + 1 :] for name in work]
         live = self.model.get_submodule(block)
-        junctions = find_junctions(live, dense.calls[0][position], reference[0], names)
+        junctions = as_first_rank(lambda: find_junctions(live, dense.calls[0][position], reference[0], names))
         if runs and not any(junction.total == ("", "output") for junction in junctions):
             raise UnsupportedModelError(
                 f"{block}: its output is no plain sum with an output projection (its blocks end in a norm), so that no "
@@ -233,8 +267,8 @@ class _StackRepair:
             seen = calls[position].until(scratch, hidden[number], junction.sources)
             inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
             lacking = current.tokens(number, targets[number]).to(wide) - inputs @ matrix.T.to(wide)
-            if junction.rest:
-                lacking -= current.tokens(number, seen[junction.rest]).to(wide)
+            if (rest := junction.rest(seen)) is not None:
+                lacking -= current.tokens(number, rest).to(wide)
             if bias is not None:
                 lacking -= bias.to(wide)
                 inputs = torch.cat([inputs[:, :0] if only_bias else inputs, inputs.new_ones(len(inputs), 1)], 1)
@@ -247,11 +281,20 @@ class _StackRepair:
                     f"what goes into {name} is not finite on the calibration data. Look for broken samples, or load the "
                     "model in bfloat16 or float32."
                 )
-        alive = (
-            fit.gram.diagonal() + test.gram.diagonal() > 0
-        )  # removed inputs, and those that never fire, keep theirs
+        # removed inputs, and those that never fire, keep theirs; removed weights stay out
+        there = kept_entries(self.structure, self.masks, weight, f"{name}.weight").to(weight.device)
+        there = there if weight is matrix else there.T
+        may_change = torch.cat(
+            [there[:, :0] if only_bias else there, there.new_ones(d_out, n)[:, : bias is not None]], 1
+        )
+        alive = (fit.gram.diagonal() + test.gram.diagonal() > 0) & may_change.any(0)
         index = torch.nonzero(alive).reshape(-1)
-        found = refit(fit.at(index), test.at(index) if test.n_tokens else None)
+        fit, test = fit.at(index), test.at(index)
+        if only_bias or not test.n_tokens:  # the mean of what left takes no ridge
+            fit, test = fit + test, None
+        found = refit(fit, test, n_free=int(bias is not None), may_change=may_change[:, index])
+        self.found.ridges.append(0.0 if only_bias else found.ridge)
+        self.found.n_tokens.add(fit.n_tokens + (test.n_tokens if test else 0))
         change = torch.zeros(d_out, n, dtype=torch.float64, device=weight.device)
         change[:, index] = found.change
         new = {}

@@ -37,6 +37,17 @@ def masked_copy(
     return scratch
 
 
+def kept_entries(structure: ModelStructure, masks: KeepMasks, tensor: Tensor, name: str) -> Tensor:
+    """Where a parameter keeps its entries: bool of its shape, False for removed units and removed weights."""
+    keep = masks.weights.get(name, torch.ones(tensor.shape, dtype=torch.bool)).clone()
+    for key, units in masks.units.items():
+        gone = torch.nonzero(~units).reshape(-1)
+        for piece in structure[key].slices if len(gone) else ():
+            if piece.name == name:
+                keep.index_fill_(piece.dim, piece.index(gone), False)
+    return keep
+
+
 @dataclass
 class Linear:
     """A linear layer as the algebra has it: y = matrix x + bias, `matrix` (d_out, d_in) a view of its weight."""

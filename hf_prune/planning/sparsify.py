@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.batches import Batch
 from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.reduction import rank_and_world
+from hf_prune.calibration.reduction import as_first_rank, rank_and_world
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import CalibrationError, RecipeError
@@ -86,6 +86,11 @@ def sparsify(
         for name, blocks in stacks.items():
             inside = {site.module: site for site in sites if site.module.startswith(f"{name}.")}
             if inside:
+                if len(set(blocks)) < len(blocks):
+                    raise RecipeError(
+                        f"this criterion works block by block, and the block of {name} is called {len(blocks)} times; "
+                        "use another, such as wanda"
+                    )
                 chain = record_chain(model, name, blocks, mine, replaced)
                 dense = None
                 if dense_target:
@@ -130,7 +135,7 @@ def _prune_block(
 ) -> None:
     block = chain.blocks[position]
     names = [site[len(block) + 1 :] for site in sites if site.startswith(f"{block}.")]
-    for together in _by_input(scratch, chain, position, names):
+    for together in as_first_rank(lambda: _by_input(scratch, chain, position, names)):
         fit, test = _moments(scratch, chain, position, together, reference, n_batches)
         gram = fit.gram + test.gram
         change = refit(fit, test if test.n_tokens else None).change if reference else None  # (sum of d_out, d_in)
@@ -150,8 +155,8 @@ def _prune_block(
 
 def _by_input(scratch: nn.Module, chain: Chain, position: int, names: Sequence[str]) -> list[list[str]]:
     """`names` in the order in which the block runs them, those with the same input together."""
-    if not chain.calls or not names:
-        return [[name] for name in names]
+    if not names:
+        return []
     with recorded(scratch, [(name, "input") for name in names]) as seen:
         chain.calls[0][position](scratch, chain.hidden[0])
     groups: dict[int, list[str]] = {}
@@ -175,15 +180,17 @@ def _moments(
     """
     matrix = torch.cat([Linear.of(scratch.get_submodule(name)).matrix for name in together])
     junctions: list[Junction] = []
-    if reference is not None and chain.calls:
-        dense = reference.chain
-        found = find_junctions(reference.block, dense.calls[0][position], dense.hidden[0], list(together))
-        junctions = sorted(found, key=lambda junction: together.index(junction.projection))
+    if reference is not None:
+        block, dense = reference.block, reference.chain
+        junctions = as_first_rank(
+            lambda: find_junctions(block, dense.calls[0][position], dense.hidden[0], list(together))
+        )
+        junctions.sort(key=lambda junction: together.index(junction.projection))
     moments = [Moments.zeros(matrix.shape[1], len(matrix) if reference else 0, matrix.device) for _ in range(2)]
     wide = torch.promote_types(matrix.dtype, torch.float32)
     source: Place = (together[0], "input")
     for number, calls in enumerate(chain.calls):
-        rests = [junction.rest for junction in junctions if junction.rest]
+        rests = [place for junction in junctions for place in junction.rests]
         seen = calls[position].until(scratch, chain.hidden[number], [source, *rests])
         inputs = chain.tokens(number, seen[source]).to(wide)
         lacking = inputs[:, :0]
@@ -194,8 +201,9 @@ def _moments(
             )
             wanted = []
             for junction in junctions:
-                target = targets[junction.target].to(wide)
-                wanted.append(target - seen[junction.rest].to(wide) if junction.rest else target)
+                wanted.append(targets[junction.target].to(wide))
+                if (rest := junction.rest(seen)) is not None:
+                    wanted[-1] = wanted[-1] - rest.to(wide)
                 if (bias := Linear.of(scratch.get_submodule(junction.projection)).bias) is not None:
                     wanted[-1] = wanted[-1] - bias.to(wide)
             lacking = torch.cat([chain.tokens(number, each) for each in wanted], 1) - inputs @ matrix.T.to(wide)

@@ -38,9 +38,11 @@ class StepPlanner:
         step: Any,
         batches: list[Mapping[str, Any]] | None,
         kept: KeepMasks,
+        earlier: KeepMasks,
     ):
         self.model, self.structure, self.recipe, self.step, self.batches = model, structure, recipe, step, batches
-        self.kept = kept
+        self.kept = kept  # by the steps before
+        self.left = kept & earlier  # and by all steps at the update before
         options = dict(step.criterion.options)
         if step.criterion.name == "random" and options.get("seed") is None:
             options["seed"] = recipe.seed
@@ -130,11 +132,11 @@ class StepPlanner:
         return self.batches
 
     def _as_left(self) -> nn.Module:
-        """The model without what earlier steps removed: itself, or a scratch copy."""
-        if self.kept == masks_of(self.model):
+        """The model without what earlier steps and updates removed: itself, or a scratch copy."""
+        if self.left == masks_of(self.model):
             return self.model
         model = copy.deepcopy(self.model)
-        set_masks(model, self.kept)
+        set_masks(model, self.left)
         return model
 
     def _sparsify(
