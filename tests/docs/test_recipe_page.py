@@ -192,3 +192,57 @@ def test_parameters_shrink_by_what_was_asked_to_within_half_a_unit():
     after = sum(parameter.numel() for parameter in model.parameters())
     one_neuron = 2 * 32 + 1  # a row and its bias, and a column
     assert abs(before - after - 0.1 * before) <= one_neuron / 2
+
+
+def replaced(name, *steps, **sizes):
+    """Which tensors the plan gives new values."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 99, (4, 12), generator=generator)} for _ in range(3)]
+    return set(hf_prune.make_plan(zoo.build(name, **sizes), recipe(*steps), calibration=batches).replacements)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "expected"),
+    [
+        ("llama", {"target": "layers", "remove": [2, 3], "compensation": "linear"}, {"1.mlp.down_proj.weight"}),
+        ("llama", {"target": "layers", "remove": [0], "compensation": "linear"}, set()),
+        (
+            "llama",
+            {"target": "layers", "remove": [2, 3], "compensation": "least_squares"},
+            {f"{n}.{name}.weight" for n in (1, 4) for name in ("mlp.down_proj", "self_attn.o_proj")},
+        ),
+        (
+            "bert",
+            {"target": "ffn_neurons", "sparsity": 0.5, "compensation": "bias"},
+            {f"{n}.output.dense.bias" for n in range(5)},
+        ),
+        (
+            "bert",
+            {"target": "attention_heads", "sparsity": 0.5, "compensation": "least_squares"},
+            {f"{n}.attention.output.dense.{name}" for n in range(5) for name in ("weight", "bias")},
+        ),
+    ],
+)
+def test_what_a_compensation_refits(name, step, expected):
+    stack = {"llama": "model.layers", "bert": "bert.encoder.layer"}[name]
+    assert replaced(name, step, num_hidden_layers=5) == {f"{stack}.{tensor}" for tensor in expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "message"),
+    [
+        ("llama", {"target": "ffn_neurons", "sparsity": 0.5, "compensation": "bias"}, "has no bias to take what left"),
+        ("bert", {"target": "layers", "remove": [1], "compensation": "linear"}, "its blocks end in a norm"),
+        ("albert", {"target": "ffn_neurons", "sparsity": 0.5, "compensation": "least_squares"}, "is called 3 times"),
+        ("bert", {"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}, "bert.pooler.dense is in no stack"),
+    ],
+)
+def test_what_can_not_be_repaired_says_why(name, step, message):
+    with pytest.raises(hf_prune.PruneError, match=message):
+        replaced(name, step)
+
+
+def test_repair_needs_data():
+    step = {"target": "ffn_neurons", "sparsity": 0.5, "compensation": "least_squares"}
+    with pytest.raises(hf_prune.CalibrationError, match="compensation least_squares of ffn_neurons is fitted on data"):
+        hf_prune.make_plan(zoo.build("llama"), recipe(step))
