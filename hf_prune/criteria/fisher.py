@@ -15,8 +15,8 @@ from hf_prune.structure.sites import Site, Target, WeightSite
 @dataclass(frozen=True)
 class Fisher:
     """Sum over samples of (dL/dg)², g a gate on the unit: the diagonal of the empirical Fisher information, which stands for
-    the Hessian in the second-order loss change of closing the gate (Kwon et al. 2022, section 4.1; there the mean over
-    samples, which ranks alike).
+    the Hessian in the second-order loss change of closing the gate (Kwon et al. 2022; there the mean over samples, which
+    ranks alike).
     """
 
     loss_units: ClassVar[bool] = True

@@ -194,11 +194,10 @@ def test_parameters_shrink_by_what_was_asked_to_within_half_a_unit():
     assert abs(before - after - 0.1 * before) <= one_neuron / 2
 
 
-def replaced(name, *steps, **sizes):
-    """Which tensors the plan gives new values."""
+def repaired(name, *steps, **sizes):
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(3, 99, (4, 12), generator=generator)} for _ in range(3)]
-    return set(hf_prune.make_plan(zoo.build(name, **sizes), recipe(*steps), calibration=batches).replacements)
+    return hf_prune.make_plan(zoo.build(name, **sizes), recipe(*steps), calibration=batches)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,8 @@ def replaced(name, *steps, **sizes):
 )
 def test_what_a_compensation_refits(name, step, expected):
     stack = {"llama": "model.layers", "bert": "bert.encoder.layer"}[name]
-    assert replaced(name, step, num_hidden_layers=5) == {f"{stack}.{tensor}" for tensor in expected}
+    new = repaired(name, step, num_hidden_layers=5).replacements
+    assert new.keys() == {f"{stack}.{tensor}" for tensor in expected}
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,14 @@ def test_what_a_compensation_refits(name, step, expected):
 )
 def test_what_can_not_be_repaired_says_why(name, step, message):
     with pytest.raises(hf_prune.PruneError, match=message):
-        replaced(name, step)
+        repaired(name, step)
+
+
+def test_the_report_says_what_was_refitted_and_what_nothing_makes_up_for():
+    step = {"target": "layers", "remove": [0, 3], "compensation": "linear"}
+    notes = " ".join(repaired("llama", step, num_hidden_layers=5).notes)
+    assert "nothing makes up for the first" in notes
+    assert "output projections were refitted on 144 tokens" in notes  # 3 * 4 * 12
 
 
 def test_repair_needs_data():

@@ -28,9 +28,7 @@ OPTIONS: dict[str, list[Any]] = {
     "criterion": [
         *CRITERIA,
         {"name": "random", "seed": 3},
-        {"name": "random"},
         {"name": "loss_change", "greedy": False, "samples": 4},
-        {"name": "ria", "power": 0.25},
         {"name": "ria", "power": 1},
         {"name": "sparsegpt", "block": 64, "damping": 0.05, "refine": 0, "dense_target": True},
     ],
