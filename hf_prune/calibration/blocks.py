@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from hf_prune.calibration.batches import Batch, decoder_modules
 from hf_prune.errors import UnsupportedModelError
@@ -38,11 +39,13 @@ class BlockCall:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
-        """The hidden states of a call, and the rest of it."""
+        """The hidden states of a call, and the rest of it; no cache, which would grow with every run of the block."""
+        args = tuple(None if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         if "hidden_states" in kwargs:
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             return kwargs["hidden_states"], cls(args, rest, by_name=True)
-        return args[0], cls(args[1:], dict(kwargs), by_name=False)
+        return args[0], cls(args[1:], kwargs, by_name=False)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """(B, T, d_model) -> (B, T, d_model)."""

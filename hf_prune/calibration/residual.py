@@ -37,8 +37,9 @@ class Junction:
         return [(self.projection, "input"), *self.rests]
 
     def rest(self, seen: Mapping[Place, Tensor]) -> Tensor | None:
-        """r, from what was seen at `sources`."""
-        return sum((seen[place] for place in self.rests[1:]), seen[self.rests[0]]) if self.rests else None
+        """r, from what was seen at `sources`, (B * T, d_model); None where there is none."""
+        rows = [_rows(seen[place]) for place in self.rests]
+        return sum(rows[1:], rows[0]) if rows else None
 
 
 @torch.no_grad()
@@ -89,6 +90,7 @@ def find_junctions(block: nn.Module, call: BlockCall, hidden: Tensor, projection
 
 def _junction(name: str, passed: list[tuple[Place, Tensor]], places: list[Place]) -> Junction:
     starts, ends = places.index((name, "input")), places.index((name, "output"))
+    passed = [(place, _rows(x)) for place, x in passed]  # OPT goes on with rows: (B * T, d_model)
     y = passed[ends][1]
     before = [(place, r) for place, r in passed[:starts] if r.shape == y.shape]
     for total, s in passed[ends + 1 :]:
@@ -108,6 +110,10 @@ def _junction(name: str, passed: list[tuple[Place, Tensor]], places: list[Place]
                 if (rest - r).abs().max() <= bound:
                     return Junction(name, total, (before[0][0], place))
     return Junction(name)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _close(dtype: torch.dtype) -> float:

@@ -201,7 +201,7 @@ def _moments(
             )
             wanted = []
             for junction in junctions:
-                wanted.append(targets[junction.target].to(wide))
+                wanted.append(targets[junction.target].to(wide).reshape(-1, targets[junction.target].shape[-1]))
                 if (rest := junction.rest(seen)) is not None:
                     wanted[-1] = wanted[-1] - rest.to(wide)
                 if (bias := Linear.of(scratch.get_submodule(junction.projection)).bias) is not None:
