@@ -107,29 +107,35 @@ def good() -> Iterator[dict[str, Any]]:
 
 def crossed() -> Iterator[dict[str, Any]]:
     """Good recipes with each key of a step set to each of its values: good or bad, by the rules between keys."""
+    seen: set[str] = set()
     for document in good():
         for key, values in OPTIONS.items():
             for value in values:
                 changed = copy.deepcopy(document)
                 changed["prune"][0][key] = value
-                yield changed
+                yield from _once(seen, changed, "prune")
 
 
 def mutated() -> Iterator[dict[str, Any]]:
-    """Good recipes with one value replaced, one key dropped, or one unknown key added, at every place."""
+    """Good recipes with one value replaced, one key dropped, or one unknown key added, at every place.
+
+    No rule goes between sections, so that the same change to the same section comes once.
+    """
     seen: set[str] = set()
     for document in good():
         for path in _paths(document):
             at, last = _parent(document, path)
             for junk in JUNK:
-                yield from _once(seen, _changed(document, path, junk))
+                yield from _once(seen, _changed(document, path, junk), path[0])
             if isinstance(at, dict):
-                yield from _once(seen, _without(document, path))
-                yield from _once(seen, _changed(document, (*path[:-1], f"{last}x"), 1))
+                yield from _once(seen, _without(document, path), path[0])
+                unknown = (*path[:-1], f"{last}x")
+                yield from _once(seen, _changed(document, unknown, 1), unknown[0])
 
 
-def _once(seen: set[str], document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if (text := repr(document)) not in seen:
+def _once(seen: set[str], document: dict[str, Any], section: str) -> Iterator[dict[str, Any]]:
+    text = f"{section}: {document[section]!r}" if section in document else f"no {section}"
+    if text not in seen:
         seen.add(text)
         yield document
 
