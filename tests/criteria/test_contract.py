@@ -7,6 +7,7 @@ import torch
 
 from hf_prune.calibration import collect
 from hf_prune.criteria import get
+from hf_prune.criteria.base import PrunesMatrices, RanksUnits
 from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import inspect_model
 from tests import zoo
@@ -34,6 +35,20 @@ def test_a_criterion_takes_the_options_that_its_entry_lists(name, entry):
     assert {field.name for field in fields(get(name))} == set(entry.options)
 
 
+def pruned(criterion, model, sites):
+    """(keep, values) of each matrix, from inputs made up, as the parameter is laid out."""
+    found = []
+    for site in sites:
+        weight = model.get_parameter(site.name).detach()
+        matrix = weight if site.reduction_dim == 1 else weight.T
+        x = torch.randn(64, matrix.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        there = torch.ones(matrix.shape, dtype=torch.bool)
+        keep, values = criterion.prune(matrix, x.T @ x, there, matrix.numel() // 2, None)
+        assert keep.dtype == torch.bool and int((~keep).sum()) == matrix.numel() // 2 and not values[~keep].any()
+        found.append((keep, values if site.reduction_dim == 1 else values.T))
+    return found
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 @pytest.mark.parametrize(("criterion", "target"), CASES)
 def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
@@ -44,7 +59,15 @@ def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
     needs = scorer.needs(target)
 
     def scores():
-        statistics = collect(model, labelled(name), needs, sites) if needs else None
+        batches = labelled(name)
+        if isinstance(scorer, RanksUnits):
+            with pytest.raises(AssertionError):
+                scorer.score_units(model, sites[0], None)
+            by_key = scorer.rank_units(model, sites, batches, {site.key: 1 for site in sites}, seed=0)
+            return [by_key[site.key] for site in sites]
+        if isinstance(scorer, PrunesMatrices):
+            return [values for _, values in pruned(scorer, model, sites)]
+        statistics = collect(model, batches, needs, sites) if needs else None
         score = scorer.score_weights if target == "weights" else scorer.score_units
         return [score(model, site, statistics) for site in sites]
 
