@@ -16,7 +16,7 @@ from hf_prune.criteria.sparsegpt import solve_on_support
 
 
 # ridge as a fraction of the mean diagonal of the Gram matrix; the least is for what can be made up for exactly
-RIDGES = (1e-10, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-12, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_WITHOUT_TEST = 1e-2
 RESTRICTED_STEPS = 50  # of the conjugate gradient, where single weights are gone
 TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
