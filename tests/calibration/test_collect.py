@@ -8,6 +8,8 @@ import torch
 from hf_prune.calibration import collect
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.errors import CalibrationError
+from hf_prune.plan import KeepMasks
+from hf_prune.planning.sparsify import sparsify
 from hf_prune.structure import inspect_model
 from tests import zoo
 
@@ -74,3 +76,28 @@ def test_no_data_and_broken_data():
     pixels = torch.full((1, 3, 16, 16), float("nan"))
     with pytest.raises(CalibrationError, match="not finite after calibration batch 0"):
         collect(model, [{"pixel_values": pixels}], frozenset({"squared_inputs"}), sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_matrices_and_float32_statistics_do_not_depend_on_batch_size(dtype):
+    def grams(size):
+        model = zoo.build("llama", dtype)
+        structure, found = inspect_model(model), {}
+
+        def prune(site, matrix, gram, there):
+            found[site.name] = gram.clone()
+            return there, matrix
+
+        there = {site.name: torch.ones(site.shape, dtype=torch.bool) for site in structure.weights}
+        sparsify(model, structure, KeepMasks(), {}, structure.weights, there, prune, data(size))
+        return found
+
+    one, four = grams(1), grams(4)
+    assert len(one) == 3 * 7
+    for name, gram in one.items():
+        assert gram.dtype == torch.float64
+        assert (gram - four[name]).abs().max() <= 1e-5 * gram.abs().max(), name
+    one, four = statistics(1, dtype), statistics(4, dtype)
+    for need in NEEDS:
+        for key, value in getattr(one, need).items():
+            assert (value - getattr(four, need)[key]).abs().max() <= 1e-5 * value.abs().max(), (need, key)

@@ -1,0 +1,53 @@
+"""Run by the test of two processes: `torchrun … program.py OUTPUT_DIR`, or by plain python."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from hf_prune import make_plan
+from tests import zoo
+from tests.criteria.test_contract import labelled
+
+
+REPAIR = {"compensation": "least_squares"}
+LAYERS = {"target": "layers", "remove": [1]}
+NEURONS = {"target": "ffn_neurons", "sparsity": 0.5}
+# name -> (steps, how many batches of calibration: 1 leaves the second process without any)
+RECIPES = {
+    "fisher": ([{**NEURONS, "criterion": "fisher"}, {"target": "layers", "sparsity": 0.34, "criterion": "fisher"}], 5),
+    "fluctuation": ([{**NEURONS, "criterion": "fluctuation"}], 5),
+    "apoz": ([{**NEURONS, "criterion": "apoz"}], 5),
+    "wanda": ([{"target": "weights", "sparsity": 0.5, "criterion": "wanda", "scope": "output"}], 5),
+    "ria": ([{"target": "weights", "criterion": "ria", "pattern": "2:4"}], 5),
+    "loss_change": ([{"target": "layers", "sparsity": 0.67, "criterion": "loss_change"}], 5),
+    "least_squares": ([{**NEURONS, **REPAIR}, {"target": "attention_heads", "sparsity": 0.5, **REPAIR}], 5),
+    "least_squares-one": ([{**NEURONS, **REPAIR}], 1),
+    "linear": ([{**LAYERS, "compensation": "linear"}], 5),
+    "sparsegpt": ([{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}], 5),
+    "sparsegpt-dense": (
+        [{"target": "weights", "pattern": "2:4", "criterion": {"name": "sparsegpt", "dense_target": True}}],
+        5,
+    ),
+    "sparsegpt-one": ([{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}], 1),
+    "loss_change-one": ([{"target": "layers", "sparsity": 0.34, "criterion": "loss_change"}], 1),
+}
+
+
+def main(directory, rank, world):
+    for name, (steps, n_batches) in RECIPES.items():
+        model = zoo.build("llama")
+        batches = labelled("llama", n_batches=n_batches, size=4, padded=True)
+        plan = make_plan(model, {"version": 1, "prune": steps}, calibration=batches)
+        tensors = {**plan.mask_tensors(), **{f"new|{key}": value for key, value in plan.replacements.items()}}
+        save_file(tensors, directory / f"{name}-of-{world}-rank{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        PartialState(cpu=True)
+    main(Path(sys.argv[1]), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))

@@ -1,0 +1,55 @@
+"""Two real processes plan what one plans: exactly, and by Gram matrices but for rounding and near-ties."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.planning.program import RECIPES
+
+
+PROGRAM = Path(__file__).with_name("program.py")
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """name -> (of one process, of two by rank), each masks and new values by name."""
+    directory = tmp_path_factory.mktemp("plans")
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        command = [sys.executable, *launcher, str(PROGRAM), str(directory)]
+        done = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    def read(name, world, rank):
+        return load_file(directory / f"{name}-of-{world}-rank{rank}.safetensors")
+
+    return {name: (read(name, 1, 0), [read(name, 2, rank) for rank in (0, 1)]) for name in RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_of_two_is_the_plan_of_one(plans, name):
+    alone, (first, second) = plans[name]
+    assert first.keys() == second.keys() == alone.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first), "the ranks differ"
+    masks = {key for key in alone if not key.startswith("new|")}
+    assert any(not alone[key].all() for key in masks)
+    n_differ = sum(int((alone[key] != first[key]).sum()) for key in masks)
+    n_entries = sum(alone[key].numel() for key in masks)
+    if not name.startswith("sparsegpt"):
+        assert n_differ == 0
+    assert n_differ <= 1e-3 * n_entries, f"{n_differ} of {n_entries}: more than near-ties"
+    assert bool(alone.keys() - masks) == name.startswith(("least", "linear", "sparsegpt"))
+    for key in alone.keys() - masks:
+        same = (alone[key] != 0) == (first[key] != 0)
+        close = torch.isclose(alone[key], first[key], rtol=1e-5, atol=1e-5 * alone[key].abs().max().item())
+        rows = same.all(1) if same.dim() > 1 else same  # a near-tie moves the values of its row too
+        assert close[rows].all()
