@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -134,3 +135,14 @@ def build_on_meta(name: str) -> PreTrainedModel:
     model_type, config, auto = MODELS[name]
     with torch.device("meta"):
         return auto.from_config(CONFIG_MAPPING[model_type](**{k: v for k, v in config.items() if v is not None}))
+
+
+def rotary_macs(model: PreTrainedModel, length: int) -> int:
+    """MACs of the angles of a tiny Llama's rotary embedding: a matrix product in older Transformers, else none."""
+    with FlopCounterMode(display=False) as counter:
+        model.model.rotary_emb(torch.zeros(1, length, 32), position_ids=torch.arange(length)[None])
+    assert counter.get_total_flops() in (
+        0,
+        2 * length * 4,
+    )  # positions times frequencies, one for each pair of entries
+    return counter.get_total_flops() // 2

@@ -95,15 +95,16 @@ def test_bert_is_counted_as_by_hand(both):
 def test_llama_is_counted_as_by_hand():
     model, report = pruned("llama", EVERYTHING[:2])
     totals = report.to_dict()["totals"]
+    angles = zoo.rotary_macs(model, 6)
     widths = [layer.mlp.up_proj.out_features for layer in model.model.layers]
     assert sum(widths) == 48
     assert totals["dense"] == {
         "parameters": llama_parameters(32, [2] * 3, [48] * 3),
         "bytes": 4 * llama_parameters(32, [2] * 3, [48] * 3),
-        "macs": llama_macs(32, [2] * 3, [48] * 3, length=6),
+        "macs": llama_macs(32, [2] * 3, [48] * 3, length=6) + angles,
     }
     assert totals["pruned"]["parameters"] == llama_parameters(32, [2] * 2, widths)
-    assert totals["pruned"]["macs"] == llama_macs(32, [2] * 2, widths, length=6)
+    assert totals["pruned"]["macs"] == llama_macs(32, [2] * 2, widths, length=6) + angles
 
 
 def test_bytes_on_disk_are_those_of_the_files(both, tmp_path):

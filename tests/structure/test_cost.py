@@ -36,10 +36,8 @@ def test_macs_of_attention_are_counted_whatever_computes_it(implementation):
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     # 3 layers, 4 heads of 8 entries, 16 positions: scores and mixing are 16 * 16 * 8 each
     attention = 3 * 4 * 2 * 16 * 16 * 8
-    # positions times frequencies: a matrix product in older Transformers
-    angles = count_macs(model.model.rotary_emb, {"x": torch.zeros(1, 16, 32), "position_ids": torch.arange(16)[None]})
-    assert angles in (0, 16 * 4)
-    assert count_macs(model, example_inputs(model, batch_size=1, length=16)) == 16 * linear + attention + angles
+    expected = 16 * linear + attention + zoo.rotary_macs(model, 16)
+    assert count_macs(model, example_inputs(model, batch_size=1, length=16)) == expected
 
 
 def test_counting_leaves_training_flags_alone():
