@@ -51,22 +51,26 @@ def find_junctions(block: nn.Module, call: BlockCall, hidden: Tensor, projection
         call, hidden: one call of it.
         projections: names of linear layers inside the block.
     """
-    # in the order in which they come by; copies, since a block may go on in place
-    passed: list[tuple[Place, Tensor]] = []
+    passed: list[tuple[Place, Tensor]] = []  # in the order in which they come by
+
+    def kept(value: Tensor) -> Tensor:
+        """A copy, since a block may go on in place; nothing of what is no hidden state."""
+        is_hidden = value.shape[-1:] == hidden.shape[-1:] and value.numel() == hidden.numel()
+        return value.clone() if is_hidden else hidden.new_empty(0, 1)
 
     def entering(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if args or "hidden_states" in kwargs:
                 value = BlockCall.of(args, kwargs)[0]
                 if isinstance(value, Tensor):
-                    passed.append(((name, "input"), value.clone()))
+                    passed.append(((name, "input"), kept(value)))
 
         return hook
 
     def leaving(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             if isinstance(output, Tensor) or (isinstance(output, tuple) and output and isinstance(output[0], Tensor)):
-                passed.append(((name, "output"), first_tensor(output).clone()))
+                passed.append(((name, "output"), kept(first_tensor(output))))
 
         return hook
 
@@ -92,6 +96,8 @@ def _junction(name: str, passed: list[tuple[Place, Tensor]], places: list[Place]
     starts, ends = places.index((name, "input")), places.index((name, "output"))
     passed = [(place, _rows(x)) for place, x in passed]  # OPT goes on with rows: (B * T, d_model)
     y = passed[ends][1]
+    if not y.numel():
+        return Junction(name)
     before = [(place, r) for place, r in passed[:starts] if r.shape == y.shape]
     for total, s in passed[ends + 1 :]:
         if s.shape != y.shape:

@@ -290,11 +290,13 @@ class _StackRepair:
         alive = (fit.gram.diagonal() + test.gram.diagonal() > 0) & may_change.any(0)
         index = torch.nonzero(alive).reshape(-1)
         fit, test = fit.at(index), test.at(index)
+        n_free, may_change = int(bias is not None), may_change[:, index]
         if only_bias or not test.n_tokens:  # the mean of what left takes no ridge
-            fit, test = fit + test, None
-        found = refit(fit, test, n_free=int(bias is not None), may_change=may_change[:, index])
+            found = refit(fit + test, None, n_free=n_free, may_change=may_change)
+        else:
+            found = refit(fit, test, n_free=n_free, may_change=may_change)
         self.found.ridges.append(0.0 if only_bias else found.ridge)
-        self.found.n_tokens.add(fit.n_tokens + (test.n_tokens if test else 0))
+        self.found.n_tokens.add(fit.n_tokens + test.n_tokens)
         change = torch.zeros(d_out, n, dtype=torch.float64, device=weight.device)
         change[:, index] = found.change
         new = {}
