@@ -35,7 +35,6 @@ import evaluate
 import numpy as np
 from datasets import ClassLabel, DatasetDict, load_dataset
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
     HfArgumentParser,
@@ -43,6 +42,9 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+
+# not from the top: older Transformers hide it there without torchvision, which it doesn't need
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_prune  # pruning

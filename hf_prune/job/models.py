@@ -184,7 +184,8 @@ def load_image_processor(recipe: Recipe) -> Any:
     Raises:
         CheckpointError: it can't be loaded.
     """
-    from transformers import AutoImageProcessor
+    # not from the top: older Transformers hide it there without torchvision, which it doesn't need
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     assert recipe.model is not None
     return _pretrained(AutoImageProcessor, recipe.model)

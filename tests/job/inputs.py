@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import PreTrainedTokenizerFast
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests import zoo
 
@@ -47,7 +48,7 @@ def image_model(directory: Path) -> Path:
     from transformers import ViTConfig, ViTForImageClassification
 
     ViTForImageClassification(ViTConfig(**zoo.VISION)).save_pretrained(directory)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(directory)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(directory)
     return directory
 
 

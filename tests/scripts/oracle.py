@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
+from transformers import AutoModelForImageClassification, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import hf_prune
 from hf_prune.checkpoint import is_complete
