@@ -274,7 +274,7 @@ def test_mistakes_in_other_commands(cli, folder, arguments, message):
         ("{", "not a valid JSON file"),
         ("{}", "Should have a `model_type` key"),
         ('{"model_type": "frobnicate"}', "does not recognize this architecture"),
-        ('{"model_type": "encoder-decoder"}', "which is not one model"),
+        ('{"model_type": "colpali"}', "which is not one model"),
         ('{"model_type": "bert", "hidden_size": "big"}', "Field 'hidden_size' expected int"),
         (
             '{"model_type": "bert", "hidden_size": 30, "num_attention_heads": 7}',
