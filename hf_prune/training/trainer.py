@@ -33,6 +33,10 @@ else:
     _Base = object
 
 
+# of what `Trainer.evaluate` says, the endings of what tells of the evaluation
+_NOT_OF_THE_MODEL = ("runtime", "_per_second", "_time", "epoch")
+
+
 class PruningMixin(_Base):
     """Pruning for any subclass of `Trainer`: `class MyTrainer(PruningMixin, SomeTrainer)`.
 
@@ -90,6 +94,21 @@ class PruningMixin(_Base):
         if self.pruner is not None and not self.pruner.is_final:
             return False  # a model that is not yet as sparse as asked for can't be the best one
         return super()._determine_best_metric(metrics, trial)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **kwargs)
+        if self.pruning_report is not None and unwrap(self.model) is self._finished:
+            # what the pruned model was measured to be goes into its report and card, for the next save or push
+            found = {
+                name.removeprefix(f"{metric_key_prefix}_"): float(value)
+                for name, value in metrics.items()
+                if isinstance(value, (int, float)) and not name.endswith(_NOT_OF_THE_MODEL)
+            }
+            self.pruning_report.content["measured"]["metrics"] = {"pruned": found}
+            self.pruning_report.attach_(self._finished)
+        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.pruner is not None:

@@ -174,6 +174,20 @@ def test_a_second_training_keeps_what_was_pruned_and_prunes_no_more(tmp_path):
     assert masked and not any(values.any() for values in masked)
 
 
+def test_what_evaluate_measures_of_the_pruned_model_is_in_its_report_and_card(tmp_path):
+    run = trainer(tmp_path)
+    before = run.evaluate()
+    assert run.pruning_report is None and before["eval_loss"]
+    run.train()
+    loss = run.evaluate()["eval_loss"]
+    assert run.pruning_report.to_dict()["measured"]["metrics"] == {"pruned": {"loss": loss}}
+    run.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "pruning_report.json").read_text())["measured"]["metrics"]
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert f"{loss:,.4g}" in card
+    assert "No metric was recorded" not in card
+
+
 def test_never_shrinking_leaves_a_masked_model(tmp_path):
     run = trainer(tmp_path, recipe={**RECIPE, "schedule": {**RECIPE["schedule"], "shrink": "never"}})
     run.train()
