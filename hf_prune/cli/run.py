@@ -59,6 +59,9 @@ def run(
         report = job.run(checked, stages)
         report.print_to(out)
         _say_how_to_load(out, report, checked.output.dir if checked.output else None)
+    # several processes leave together, or the threads of the one that leaves first may abort another
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def _processes_on_cpu() -> bool:

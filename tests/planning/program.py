@@ -51,3 +51,7 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         PartialState(cpu=True)
     main(Path(sys.argv[1]), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if "RANK" in os.environ:
+        # together, or the threads of the one that leaves first may abort the other
+        PartialState().wait_for_everyone()
+        PartialState().destroy_process_group()
