@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_prune.apply.masks import masked_entries, masks_of, set_masks
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
 from hf_prune.apply.verify import verify as verify_models
-from hf_prune.calibration.batches import first_sample
+from hf_prune.calibration.batches import first_sample, to_device
 from hf_prune.checkpoint import Verdict, settle_config_
 from hf_prune.errors import PruneError, UnsupportedModelError
 from hf_prune.plan import PruningPlan
@@ -217,7 +217,7 @@ def verification_batches(
         device = next(model.parameters()).device
         chosen: list[Mapping[str, Any]] = []
         for batch in batches:
-            chosen.append({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            chosen.append(to_device(batch, device))
             if len(chosen) == at_most:
                 break
         if chosen:

@@ -39,6 +39,12 @@ def present_entries(structure: ModelStructure, masks: KeepMasks, site: WeightSit
     return present
 
 
+def kept_entries(structure: ModelStructure, masks: KeepMasks, site: WeightSite) -> Tensor:
+    """Entries of a weight that are there and not masked themselves: bool, the weight's shape."""
+    present = present_entries(structure, masks, site)
+    return present & masks.weights[site.name] if site.name in masks.weights else present
+
+
 def sparsity(structure: ModelStructure, masks: KeepMasks) -> dict[str, float]:
     """The fraction removed, for each target that has masks, of what dropped layers and removed units left there."""
     fractions, dropped = {}, dropped_blocks(structure, masks)

@@ -5,13 +5,14 @@ Axes: B samples, T positions, d entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_prune.calibration.reduction import rank_and_world
 from hf_prune.errors import CalibrationError
 
 
@@ -90,6 +91,11 @@ def _kind(value: object) -> str:
     return "missing" if value is None else f"a {type(value).__name__}"
 
 
+def to_device(inputs: Mapping[str, Any], device: torch.device) -> Inputs:
+    """The same keyword inputs with their tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch on the model's device, and how the inputs of its modules are laid out."""
@@ -100,7 +106,7 @@ class Batch:
 
     @classmethod
     def of(cls, index: int, inputs: Mapping[str, Any], device: torch.device) -> Batch:
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        moved = to_device(inputs, device)
         return cls(index, moved, n_samples(moved, index))
 
     def kept_mask(self, in_decoder: bool) -> Tensor | None:
@@ -145,6 +151,13 @@ class Batch:
                 f"batch of {self.n_samples}. Use calibration.batch_size 1, or a criterion without gates."
             )
         return x.reshape(self.n_samples, -1, d)
+
+
+def dealt(batches: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[Batch]:
+    """This process's share of what all processes pass alike: every world-th batch, one at a time on `device`."""
+    rank, world = rank_and_world()
+    for index in range(rank, len(batches), world):
+        yield Batch.of(index, batches[index], device)
 
 
 def decoder_modules(model: nn.Module) -> frozenset[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,10 @@ class Chain:
     calls: list[list[BlockCall]]  # by batch, then by position
     in_decoder: bool
     n_outputs: int | None = None  # of a block that returns a tuple
+
+    def fork(self) -> Chain:
+        """The same calls from the same hidden states, to be taken another way."""
+        return replace(self, hidden=[*self.hidden])
 
     @torch.no_grad()
     def run_(self, position: int, block: nn.Module) -> None:

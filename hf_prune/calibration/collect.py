@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from hf_prune.calibration import statistics as names
-from hf_prune.calibration.batches import Batch, take
+from hf_prune.calibration.batches import Batch, dealt, take
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
 from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
-from hf_prune.calibration.reduction import raise_together, rank_and_world, sum_over_processes
+from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, Statistics
 from hf_prune.errors import CalibrationError
+from hf_prune.structure.cost import evaluating
 from hf_prune.structure.sites import Site, WeightSite
 
 
@@ -46,7 +47,6 @@ def collect(
     inputs = take(batches)
     recorders = _recorders(model, needs, sites)
     with_gradients = bool(needs & NEEDS_OF_GRADIENTS)
-    rank, world = rank_and_world()
     device = next(model.parameters()).device
     n_seen = torch.zeros(2, dtype=torch.float64)  # samples, labels
     error: CalibrationError | None = None
@@ -61,8 +61,7 @@ def collect(
             for handle in recorder.attach():
                 hooks.callback(handle.remove)
         try:
-            for index in range(rank, len(inputs), world):
-                batch = Batch.of(index, inputs[index], device)
+            for batch in dealt(inputs, device):
                 n_seen += torch.tensor([batch.n_samples, _run(model, batch, recorders, with_gradients)])
         except CalibrationError as caught:
             error = caught
@@ -128,16 +127,14 @@ def evaluation(
     model: nn.Module, seed: int, scored: Collection[Tensor] = (), with_gradients: bool = False
 ) -> Iterator[None]:
     """The model as scoring needs it, with gradients of the `scored` parameters if any; all is put back."""
-    training = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     devices = sorted({p.device.index for p in flags if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
-            model.eval()
             if config is not None and use_cache:
                 config.use_cache = False  # a cache of keys would only take memory
             for parameter in flags:
@@ -145,8 +142,6 @@ def evaluation(
                 parameter.requires_grad_(with_gradients and parameter in scored)
             yield
         finally:
-            for module, flag in training.items():
-                module.training = flag
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
                 parameter.grad = gradients[parameter]

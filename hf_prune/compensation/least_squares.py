@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_prune.calibration.reduction import sum_over_processes
 from hf_prune.criteria.sparsegpt import solve_on_support
+from hf_prune.errors import CalibrationError
 
 
 # ridge as a fraction of the mean diagonal of the Gram matrix; the least is for what can be made up for exactly
@@ -57,12 +58,21 @@ def is_test(index: int, n_batches: int) -> bool:
     return index % TEST_EVERY == TEST_EVERY - 1
 
 
-def reduce_(moments: Sequence[Moments]) -> None:
-    """Sum over processes, in place."""
+def reduce_(moments: Sequence[Moments], module: str) -> None:
+    """Sum over processes, in place; `module` is the one whose inputs they are of.
+
+    Raises:
+        CalibrationError: they are not finite.
+    """
     counts = torch.tensor([each.n_tokens for each in moments], dtype=torch.float64)
     sum_over_processes([*(total for each in moments for total in (each.gram, each.cross)), counts])
     for each, count in zip(moments, counts.tolist(), strict=True):
         each.n_tokens = int(count)
+        if not (torch.isfinite(each.gram).all() and torch.isfinite(each.cross).all()):
+            raise CalibrationError(
+                f"what goes into {module} is not finite on the calibration data. Look for broken samples, or load the "
+                "model in bfloat16 or float32."
+            )
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batch, take
+from hf_prune.calibration.batches import Batch, dealt, n_samples, take
 from hf_prune.calibration.blocks import Chain, answering, record_chain
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
-from hf_prune.calibration.reduction import raise_together, rank_and_world, sum_over_processes
+from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import no_weights
 from hf_prune.errors import CalibrationError, RecipeError
@@ -67,11 +67,9 @@ class LossChange:
             CalibrationError: there is no loss, or it is not finite.
             RecipeError: a layer is called several times.
         """
-        rank, world = rank_and_world()
-        device = next(model.parameters()).device
-        n_samples = sum(Batch.of(0, batch, torch.device("cpu")).n_samples for batch in batches)
-        chosen = take(batches, min(self.samples, n_samples))
-        mine = [with_labels(model, Batch.of(n, chosen[n], device)) for n in range(rank, len(chosen), world)]
+        n_there = sum(n_samples(batch, index) for index, batch in enumerate(batches))
+        chosen = take(batches, min(self.samples, n_there))
+        mine = [with_labels(model, batch) for batch in dealt(chosen, next(model.parameters()).device)]
         with evaluation(model, seed), torch.no_grad():
             return {site.key: self._rank(model, site, mine, n_removed[site.key]) for site in sites}
 

@@ -9,7 +9,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from hf_prune.calibration.batches import to_device
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def latency_ms(models: Mapping[str, nn.Module], inputs: Mapping[str, Any], repea
 
 
 def _placed(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"}
+    without_labels = {name: value for name, value in inputs.items() if name != "labels"}
+    return to_device(without_labels, next(model.parameters()).device)
 
 
 def _wait() -> None:

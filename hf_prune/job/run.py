@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from hf_prune.apply.verify import TOLERANCES
-from hf_prune.calibration.batches import take
+from hf_prune.calibration.batches import take, to_device
 from hf_prune.checkpoint.saving import update_side_files
 from hf_prune.errors import PruneError, RecipeError, VerificationError
 from hf_prune.hub.push import push_folder
@@ -230,7 +230,7 @@ def _reload_difference(recipe: Recipe, task: Prepared, models: Mapping[str, Any]
     again = (
         model_class(recipe.model.task).from_pretrained(directory, dtype=parameter.dtype).to(parameter.device).eval()
     )
-    inputs = {k: v.to(parameter.device) if isinstance(v, Tensor) else v for k, v in task.batch(2).items()}
+    inputs = to_device(task.batch(2), parameter.device)
     expected, found = model(**inputs).logits.double(), again(**inputs).logits.double()
     difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
     if not difference <= TOLERANCES[parameter.dtype]:

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batch
+from hf_prune.apply.present import kept_entries
+from hf_prune.calibration.batches import dealt
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.reduction import as_first_rank, rank_and_world
+from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
-from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
+from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, kept_entries, masked_copy
-from hf_prune.structure import ModelStructure, stacks_of
+from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks
+from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
 
 @dataclass
@@ -94,11 +95,9 @@ def repair(
         RecipeError: a projection can't be refitted: it is outside a stack of blocks, or has no bias to take the change.
         UnsupportedModelError: the blocks are no chain.
     """
-    rank, world = rank_and_world()
-    device = next(model.parameters()).device
-    mine = [Batch.of(index, batches[index], device) for index in range(rank, len(batches), world)]
+    mine = list(dealt(batches, next(model.parameters()).device))
     stacks = stacks_of(model)
-    _check_reachable(wanted, stacks)
+    require_in_stacks(wanted.projections | wanted.biases, stacks, "compensation")
     found = Repaired()
     passes = {
         name: _StackRepair(model, structure, masks, wanted, replacements or {}, name, blocks, len(batches), found)
@@ -112,18 +111,11 @@ def repair(
             if not (pass_.has_work or pass_.loses or replaced):
                 continue
             # a stack without work runs too, where one behind it reads what it lost
-            dense = record_chain(model, name, stacks[name], mine, {})
-            current = record_chain(model, name, stacks[name], mine, replaced) if replaced else dense
+            current = record_chain(model, name, stacks[name], mine, replaced)
+            dense = record_chain(model, name, stacks[name], mine, {}) if replaced else current.fork()
             pass_.run(dense, current)
-            replaced[stacks[name][-1]] = pass_.hidden
+            replaced[stacks[name][-1]] = current.hidden
     return found
-
-
-def _check_reachable(wanted: Wanted, stacks: Mapping[str, Sequence[str]]) -> None:
-    prefixes = tuple(f"{block}." for blocks in stacks.values() for block in blocks)
-    outside = sorted(name for name in wanted.projections | wanted.biases if not name.startswith(prefixes))
-    if outside:
-        raise RecipeError(f"compensation works block by block, and {outside[0]} is in no stack of blocks; exclude it")
 
 
 class _StackRepair:
@@ -164,7 +156,6 @@ class _StackRepair:
             raise RecipeError(
                 f"compensation can't refit {name}, whose block is called {len(blocks)} times: its weights are one"
             )
-        self.hidden: list[Tensor] = []
 
     def _is_mine(self, name: str, key: str) -> bool:
         site = self.structure[key]
@@ -181,33 +172,30 @@ class _StackRepair:
         return [read for read in reads if read in self.wanted.projections | self.wanted.biases]
 
     def run(self, dense: Chain, current: Chain) -> None:
-        """Go through the stack; `self.hidden` are then the outputs of the pruned and repaired one, by batch."""
-        reference, hidden = list(dense.hidden), list(current.hidden)
+        """Take both chains through the stack, the current one through its pruned and repaired blocks."""
         for position, block in enumerate(self.blocks):
             if not self.kept[position]:
                 if not any(self.kept[:position]):  # a dropped beginning: no block before it can make up for it
-                    self._advance(dense, reference, position)
+                    dense.run_(position, self.model.get_submodule(block))
                 continue
             scratch = masked_copy(self.model, self.structure, self.masks, block, self.replacements)
             last = position
             while last + 1 < len(self.blocks) and not self.kept[last + 1]:
                 last += 1
-            junctions = self._junctions(position, dense, reference, runs=last > position)
-            targets = self._advance(dense, reference, position, last, junctions)
+            junctions = self._junctions(position, dense, runs=last > position)
+            targets = self._advance(dense, position, last, junctions)
             for junction in junctions:
-                new = self._refit(scratch, junction, targets.get(junction, []), current, hidden, position)
+                new = self._refit(scratch, junction, targets.get(junction, []), current, position)
                 self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
-            for number, call in enumerate(current.calls):
-                hidden[number] = call[position](scratch, hidden[number])
-        self.hidden = hidden
+            current.run_(position, scratch)
 
-    def _junctions(self, position: int, dense: Chain, reference: Sequence[Tensor], runs: bool) -> list[Junction]:
+    def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]
         if not work:
             return []
         names = [name[len(block) + 1 :] for name in work]
         live = self.model.get_submodule(block)
-        junctions = as_first_rank(lambda: find_junctions(live, dense.calls[0][position], reference[0], names))
+        junctions = as_first_rank(lambda: find_junctions(live, dense.calls[0][position], dense.hidden[0], names))
         if runs and not any(junction.total == ("", "output") for junction in junctions):
             raise UnsupportedModelError(
                 f"{block}: its output is no plain sum with an output projection (its blocks end in a norm), so that no "
@@ -221,10 +209,9 @@ class _StackRepair:
     def _advance(
         self,
         dense: Chain,
-        reference: list[Tensor],
         first: int,
-        last: int | None = None,
-        junctions: Sequence[Junction] = (),
+        last: int,
+        junctions: Sequence[Junction],
     ) -> dict[Junction, list[Tensor]]:
         """Take the dense model's hidden states through blocks `first` to `last`; what each junction should sum to."""
         targets: dict[Junction, list[Tensor]] = {junction: [] for junction in junctions}
@@ -232,10 +219,10 @@ class _StackRepair:
         for number, calls in enumerate(dense.calls):
             live = self.model.get_submodule(self.blocks[first])
             with recorded(live, places) as seen:
-                hidden = calls[first](live, reference[number])
-            for position in range(first + 1, (first if last is None else last) + 1):
+                hidden = calls[first](live, dense.hidden[number])
+            for position in range(first + 1, last + 1):
                 hidden = calls[position](self.model.get_submodule(self.blocks[position]), hidden)
-            reference[number] = hidden
+            dense.hidden[number] = hidden
             for junction in junctions:
                 at_end = junction.target == ("", "output")
                 targets[junction].append(hidden if at_end else seen[junction.target])
@@ -247,7 +234,6 @@ class _StackRepair:
         junction: Junction,
         targets: Sequence[Tensor],
         current: Chain,
-        hidden: Sequence[Tensor],
         position: int,
     ) -> dict[str, Tensor]:
         """Refit one projection of `scratch`, in place; its new tensors by name."""
@@ -264,25 +250,17 @@ class _StackRepair:
         moments = [Moments.zeros(n, d_out, weight.device) for _ in range(2)]
         wide = torch.promote_types(weight.dtype, torch.float32)
         for number, calls in enumerate(current.calls):
-            seen = calls[position].until(scratch, hidden[number], junction.sources)
+            seen = calls[position].until(scratch, current.hidden[number], junction.sources)
             inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
-            lacking = current.tokens(number, targets[number]).to(wide) - inputs @ matrix.T.to(wide)
-            if (rest := junction.rest(seen)) is not None:
-                lacking -= current.tokens(number, rest).to(wide)
+            lacking = linear.lacking(current, number, junction, seen, inputs, targets[number])
             if bias is not None:
-                lacking -= bias.to(wide)
                 inputs = torch.cat([inputs[:, :0] if only_bias else inputs, inputs.new_ones(len(inputs), 1)], 1)
             moments[is_test(current.batches[number].index, self.n_batches)].add_(inputs, lacking)
-        reduce_(moments)
+        reduce_(moments, name)
         fit, test = moments
-        for total in (fit.gram, fit.cross, test.gram, test.cross):
-            if not torch.isfinite(total).all():
-                raise CalibrationError(
-                    f"what goes into {name} is not finite on the calibration data. Look for broken samples, or load the "
-                    "model in bfloat16 or float32."
-                )
         # removed inputs, and those that never fire, keep theirs; removed weights stay out
-        there = kept_entries(self.structure, self.masks, weight, f"{name}.weight").to(weight.device)
+        site = WeightSite(f"{name}.weight", name, tuple(weight.shape), reduction_dim=1 if weight is matrix else 0)
+        there = kept_entries(self.structure, self.masks, site).to(weight.device)
         there = there if weight is matrix else there.T
         may_change = torch.cat(
             [there[:, :0] if only_bias else there, there.new_ones(d_out, n)[:, : bias is not None]], 1

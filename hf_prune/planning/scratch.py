@@ -1,17 +1,21 @@
-"""A block to try a plan on: a copy with everything that leaves it zeroed."""
+"""What passes block by block share: a copy of a block to try a plan on, and its linear layers as the algebra has them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.calibration.blocks import scratch_copy
+from hf_prune.apply.masks import masked_entries
+from hf_prune.calibration.blocks import Chain, Place, scratch_copy
+from hf_prune.calibration.residual import Junction
+from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure
+from hf_prune.structure.naming import weight_of
 
 
 @torch.no_grad()
@@ -24,28 +28,22 @@ def masked_copy(
     for name, tensor in replacements.items():
         if name.startswith(f"{block}."):
             parameters[name[len(block) + 1 :]].copy_(tensor)
-    for key, keep in masks.units.items():
-        gone = torch.nonzero(~keep).reshape(-1)
-        for piece in structure[key].slices if len(gone) else ():
-            if piece.name.startswith(f"{block}."):
-                tensor = parameters[piece.name[len(block) + 1 :]]
-                tensor.index_fill_(piece.dim, piece.index(gone).to(tensor.device), 0)
-    for name, keep in masks.weights.items():
-        if name.startswith(f"{block}."):
-            tensor = parameters[name[len(block) + 1 :]]
-            tensor.masked_fill_(~keep.to(tensor.device), 0)
+    inside = {name: keep for name, keep in masks.weights.items() if name.startswith(f"{block}.")}
+    for entry in masked_entries(structure, KeepMasks(masks.units, inside)):
+        if entry.name.startswith(f"{block}."):
+            entry.zero_(parameters[entry.name[len(block) + 1 :]])
     return scratch
 
 
-def kept_entries(structure: ModelStructure, masks: KeepMasks, tensor: Tensor, name: str) -> Tensor:
-    """Where a parameter keeps its entries: bool of its shape, False for removed units and removed weights."""
-    keep = masks.weights.get(name, torch.ones(tensor.shape, dtype=torch.bool)).clone()
-    for key, units in masks.units.items():
-        gone = torch.nonzero(~units).reshape(-1)
-        for piece in structure[key].slices if len(gone) else ():
-            if piece.name == name:
-                keep.index_fill_(piece.dim, piece.index(gone), False)
-    return keep
+def require_in_stacks(modules: Iterable[str], stacks: Mapping[str, Sequence[str]], who: str) -> None:
+    """Refuse modules that are in no block of a stack.
+
+    Raises:
+        RecipeError: naming the first of them; `who` works block by block.
+    """
+    prefixes = tuple(f"{block}." for blocks in stacks.values() for block in blocks)
+    if outside := sorted(name for name in modules if not name.startswith(prefixes)):
+        raise RecipeError(f"{who} works block by block, and {outside[0]} is in no stack of blocks; exclude it")
 
 
 @dataclass
@@ -58,6 +56,34 @@ class Linear:
 
     @classmethod
     def of(cls, module: nn.Module) -> Linear:
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        weight, bias = weight_of(module), module.bias
+        assert bias is None or isinstance(bias, Tensor)
         return cls(weight, bias, weight.T if isinstance(module, Conv1D) else weight)
+
+    def lacking(
+        self,
+        chain: Chain,
+        number: int,
+        junction: Junction,
+        seen: Mapping[Place, Tensor],
+        inputs: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        """What the layer's output lacks of the sum that it should come to: s - r - W a - b.
+
+        Args:
+            chain, number: the batch, whose padding is left out.
+            junction: of the layer.
+            seen: at the junction's sources.
+            inputs: a, (n_tokens, d_in); its dtype is that of the result.
+            target: s, (B, T, d_out).
+
+        Returns:
+            (n_tokens, d_out).
+        """
+        left = chain.tokens(number, target).to(inputs.dtype) - inputs @ self.matrix.T.to(inputs.dtype)
+        if (rest := junction.rest(seen)) is not None:
+            left -= chain.tokens(number, rest).to(inputs.dtype)
+        if self.bias is not None:
+            left -= self.bias.to(inputs.dtype)
+        return left

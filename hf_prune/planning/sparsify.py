@@ -8,21 +8,21 @@ it makes up for what those before it left over, as a repair does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batch
+from hf_prune.calibration.batches import dealt
 from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.reduction import as_first_rank, rank_and_world
+from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
-from hf_prune.errors import CalibrationError, RecipeError
+from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, masked_copy
+from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
 
@@ -70,16 +70,9 @@ def sparsify(
         RecipeError: a matrix is outside the stacks of blocks.
         UnsupportedModelError: the blocks are no chain.
     """
-    rank, world = rank_and_world()
-    device = next(model.parameters()).device
-    mine = [Batch.of(index, batches[index], device) for index in range(rank, len(batches), world)]
+    mine = list(dealt(batches, next(model.parameters()).device))
     stacks = stacks_of(model)
-    prefixes = tuple(f"{block}." for blocks in stacks.values() for block in blocks)
-    outside = [site.module for site in sites if not site.module.startswith(prefixes)]
-    if outside:
-        raise RecipeError(
-            f"this criterion works block by block, and {outside[0]} is in no stack of blocks; exclude it"
-        )
+    require_in_stacks((site.module for site in sites), stacks, "this criterion")
     done = Sparsified({}, {})
     replaced: dict[str, list[Tensor]] = {}
     with evaluation(model, seed), torch.no_grad():
@@ -94,11 +87,7 @@ def sparsify(
                 chain = record_chain(model, name, blocks, mine, replaced)
                 dense = None
                 if dense_target:
-                    dense = (
-                        record_chain(model, name, blocks, mine, {})
-                        if replaced
-                        else replace(chain, hidden=[*chain.hidden])
-                    )
+                    dense = record_chain(model, name, blocks, mine, {}) if replaced else chain.fork()
                 keep = masks.units.get(f"layers:{name}", torch.ones(len(blocks), dtype=torch.bool))
                 for position, block in enumerate(blocks):
                     live = model.get_submodule(block)
@@ -178,7 +167,8 @@ def _moments(
     With a reference, `cross` is of what the modules' outputs, one after the other, lack of the dense model's; without,
     it is empty.
     """
-    matrix = torch.cat([Linear.of(scratch.get_submodule(name)).matrix for name in together])
+    linears = [Linear.of(scratch.get_submodule(name)) for name in together]
+    first, d_out = linears[0].matrix, sum(len(linear.matrix) for linear in linears)
     junctions: list[Junction] = []
     if reference is not None:
         block, dense = reference.block, reference.chain
@@ -186,8 +176,8 @@ def _moments(
             lambda: find_junctions(block, dense.calls[0][position], dense.hidden[0], list(together))
         )
         junctions.sort(key=lambda junction: together.index(junction.projection))
-    moments = [Moments.zeros(matrix.shape[1], len(matrix) if reference else 0, matrix.device) for _ in range(2)]
-    wide = torch.promote_types(matrix.dtype, torch.float32)
+    moments = [Moments.zeros(first.shape[1], d_out if reference else 0, first.device) for _ in range(2)]
+    wide = torch.promote_types(first.dtype, torch.float32)
     source: Place = (together[0], "input")
     for number, calls in enumerate(chain.calls):
         rests = [place for junction in junctions for place in junction.rests]
@@ -199,20 +189,14 @@ def _moments(
             targets = dense.calls[number][position].until(
                 reference.block, dense.hidden[number], [junction.target for junction in junctions]
             )
-            wanted = []
-            for junction in junctions:
-                wanted.append(targets[junction.target].to(wide).reshape(-1, targets[junction.target].shape[-1]))
-                if (rest := junction.rest(seen)) is not None:
-                    wanted[-1] = wanted[-1] - rest.to(wide)
-                if (bias := Linear.of(scratch.get_submodule(junction.projection)).bias) is not None:
-                    wanted[-1] = wanted[-1] - bias.to(wide)
-            lacking = torch.cat([chain.tokens(number, each) for each in wanted], 1) - inputs @ matrix.T.to(wide)
+            lacking = torch.cat(
+                [
+                    linear.lacking(chain, number, junction, seen, inputs, targets[junction.target])
+                    for linear, junction in zip(linears, junctions, strict=True)
+                ],
+                1,
+            )
         moments[is_test(chain.batches[number].index, n_batches)].add_(inputs, lacking)
-    reduce_(moments)
+    reduce_(moments, f"{chain.blocks[position]}.{together[0]}")
     fit, test = moments
-    if not all(torch.isfinite(total).all() for total in (fit.gram, test.gram, fit.cross, test.cross)):
-        raise CalibrationError(
-            f"what goes into {chain.blocks[position]}.{together[0]} is not finite on the calibration data. Look for broken "
-            "samples, or load the model in bfloat16 or float32."
-        )
     return fit, test

@@ -14,7 +14,7 @@ from hf_prune.allocation import choose_units, choose_weights, select_sites
 from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.present import dropped_blocks, is_inside, present_entries
 from hf_prune.calibration import collect
-from hf_prune.calibration.batches import Batch, first_sample
+from hf_prune.calibration.batches import first_sample, to_device
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.criteria import get as get_criterion
 from hf_prune.criteria.base import PrunesMatrices, RanksUnits
@@ -200,6 +200,6 @@ class StepPlanner:
                 if not self.batches:
                     raise
                 device = next(self.model.parameters()).device
-                sample = Batch.of(0, first_sample(self.batches) or {}, device).inputs
+                sample = to_device(first_sample(self.batches) or {}, device)
             return mac_costs(self.model, self.structure, there, sample)
         return None
