@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_prune.allocation.choice import Choice
+from hf_prune.criteria.selection import NEAR_TIE
 from hf_prune.errors import RecipeError
 from hf_prune.structure.cost import UnitCosts
 from hf_prune.structure.sites import Site
 
 
-NEAR_TIE = 1e-6
 Masks = dict[str, Tensor]
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_prune.allocation.choice import Choice
-from hf_prune.allocation.units import NEAR_TIE, cut_of
+from hf_prune.allocation.units import cut_of
+from hf_prune.criteria.selection import lowest
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import WeightSite
 
@@ -207,25 +208,3 @@ def _lowest_of(each: _Seen, n_removed: int) -> Tensor:
 
 def _name(pool: Sequence[_Seen]) -> str:
     return pool[0].site.name if len(pool) == 1 else f"{len(pool)} weights"
-
-
-def lowest(score: Tensor, present: Tensor, gone: Tensor, n_removed: int) -> tuple[Tensor, int]:
-    """The `n_removed` lowest of `score` (n,) among `present`, those `gone` first; ties by index; and the near-ties.
-
-    By selection, not by sorting: linear in n.
-    """
-    removed = gone & present
-    left = n_removed - int(removed.sum())
-    candidates = present & ~removed
-    if left <= 0 or not candidates.any():
-        return removed, 0
-    values = score[candidates]
-    left = min(left, len(values))
-    cut = torch.kthvalue(values, left).values
-    below = values < cut
-    ties = torch.nonzero(values == cut).reshape(-1)[: left - int(below.sum())]
-    taken = below
-    taken[ties] = True
-    near = int(((values - cut).abs() <= NEAR_TIE * cut.abs()).sum()) - len(ties)
-    removed[torch.nonzero(candidates).reshape(-1)[taken]] = True
-    return removed, max(0, near - int((below & ((cut - values) <= NEAR_TIE * cut.abs())).sum()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.statistics import Statistics
+from hf_prune.criteria.selection import lowest
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
@@ -102,14 +103,16 @@ class SparseGPT:
                 n_seen += int(there[:, start:stop].sum())
                 n_here = round(n_leaving * n_seen / max(1, n_there)) - n_removed
                 n_removed += n_here
-                keep[:, start:stop] &= ~_lowest((columns / scale).square(), there[:, start:stop], n_here)
+                score, inside = (columns / scale).square().reshape(-1), there[:, start:stop].reshape(-1)
+                leaving, _ = lowest(score, inside, torch.zeros_like(inside), n_here)
+                keep[:, start:stop] &= ~leaving.reshape(columns.shape)
             lost = torch.zeros_like(columns)
             for j in range(stop - start):
                 if group is not None and j % group[1] == 0:
                     each = slice(j, j + group[1])
                     score = (columns[:, each] / scale[each]).square().masked_fill(~there[:, start:stop][:, each], -1.0)
-                    leaving = score.argsort(dim=1, stable=True)[:, : group[1] - group[0]]
-                    keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, leaving, False)
+                    first = score.argsort(dim=1, stable=True)[:, : group[1] - group[0]]
+                    keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, first, False)
                 kept = keep[:, start + j]
                 error = torch.where(kept, 0.0, columns[:, j]) / scale[j]
                 columns[:, j + 1 :].addr_(error, handed[j, j + 1 :], alpha=-1.0)
@@ -117,18 +120,6 @@ class SparseGPT:
                 lost[:, j] = error
             matrix[:, stop:].addmm_(lost, factor[start:stop, stop:], alpha=-1.0)
         return keep, matrix
-
-
-def _lowest(score: Tensor, there: Tensor, n: int) -> Tensor:
-    """True for the `n` lowest of `score` where `there`; ties by index."""
-    flat = score.masked_fill(~there, torch.inf).reshape(-1)
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    if n > 0:
-        cut = flat.kthvalue(n).values
-        chosen = flat < cut
-        ties = torch.nonzero(flat == cut).reshape(-1)[: n - int(chosen.sum())]
-        chosen[ties] = True
-    return chosen.reshape(score.shape)
 
 
 def solve_on_support(start: Tensor, wanted: Tensor, keep: Tensor, gram: Tensor, n_steps: int) -> Tensor:
