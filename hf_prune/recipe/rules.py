@@ -25,10 +25,6 @@ from hf_prune.recipe.vocabulary import CRITERIA, EVERY_TARGET, UNITS
 AMOUNTS = ("sparsity", "threshold", "remove")
 # keys that mean nothing for single weights, with their defaults
 OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
-# criteria that choose and update together, matrix by matrix
-BLOCKWISE = ("sparsegpt",)
-# criteria that measure anew after each unit that leaves a site, unless their option `greedy` is false
-GREEDY = ("loss_change",)
 # what each compensation repairs
 COMPENSATIONS: dict[str, frozenset[str]] = {
     "bias": frozenset({"ffn_neurons", "attention_heads"}),
@@ -78,18 +74,18 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if given and not (given == ["sparsity"] and (is_number(sparsity) or sparsity is None)):
             yield "uniform", f"uniform goes with a plain sparsity such as 0.5, not with {', '.join(given)}"
     if isinstance(criterion, Criterion) and isinstance(target, str):
-        defined = CRITERIA[criterion.name].targets
-        if target in EVERY_TARGET - defined:
+        entry = CRITERIA[criterion.name]
+        if target in EVERY_TARGET - entry.targets:
             yield (
                 "criterion",
-                f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(defined))}",
+                f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(entry.targets))}",
             )
-        if criterion.name in BLOCKWISE:
+        if entry.is_blockwise:
             if step.get("threshold") is not None or (isinstance(pattern, Pattern) and pattern.kind == "block"):
                 yield "criterion", f"criterion {criterion.name} goes with a sparsity or a pattern N:M"
             if scope != "layer":
                 yield "scope", f"criterion {criterion.name} prunes matrix by matrix, scope layer; drop {scope}"
-        if criterion.name in GREEDY and criterion.options.get("greedy", True):
+        if entry.is_greedy and criterion.options.get("greedy", True):
             instead = f"with {{name: {criterion.name}, greedy: false}} it goes"
             if step.get("threshold") is not None:
                 yield (
@@ -161,14 +157,16 @@ def step_schema() -> dict[str, Any]:
                         threshold={"type": "null"}, pattern={"not": {"type": "object"}}, scope={"const": "layer"}
                     ),
                 }
-                for name in BLOCKWISE
+                for name, entry in CRITERIA.items()
+                if entry.is_blockwise
             ),
             *(
                 {
                     "if": _is("criterion", _named(name, greedy={"not": {"const": False}})),
                     "then": _where(threshold={"type": "null"}, scope={"not": {"const": "global"}}),
                 }
-                for name in GREEDY
+                for name, entry in CRITERIA.items()
+                if entry.is_greedy
             ),
             *(
                 {"if": _is("compensation", {"const": name}), "then": _where(target={"enum": sorted(targets)})}

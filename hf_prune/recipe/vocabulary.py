@@ -12,14 +12,16 @@ UNITS = EVERY_TARGET - {"weights"}
 
 
 class CriterionEntry(NamedTuple):
-    """Where a criterion lives, the targets that it is defined for, its options in a recipe, and who competes if a step
-    doesn't say."""
+    """Where a criterion lives, the targets that it is defined for, its options in a recipe, who competes if a step
+    doesn't say, and how it goes about it."""
 
     module: str  # in hf_prune.criteria; imported when used, so that checking a recipe doesn't import PyTorch
     class_name: str
     targets: frozenset[str] = EVERY_TARGET
     options: Mapping[str, str] = MappingProxyType({})  # name -> type in the words of JSON Schema
     scope: str = "layer"
+    is_blockwise: bool = False  # chooses and updates together, matrix by matrix
+    is_greedy: bool = False  # measures anew after each unit that leaves a site, unless its option `greedy` is false
 
 
 # A new criterion is a file in hf_prune/criteria and a line here.
@@ -38,6 +40,7 @@ CRITERIA = {
         "LossChange",
         targets=frozenset({"layers"}),
         options={"greedy": "boolean", "samples": "integer"},
+        is_greedy=True,
     ),
     "block_influence": CriterionEntry("block_influence", "BlockInfluence", targets=frozenset({"layers"})),
     "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"}), scope="output"),
@@ -47,6 +50,7 @@ CRITERIA = {
         "SparseGPT",
         targets=frozenset({"weights"}),
         options={"block": "integer", "damping": "number", "refine": "integer", "dense_target": "boolean"},
+        is_blockwise=True,
     ),
 }
 
