@@ -7,7 +7,8 @@ from torch import nn
 from hf_prune.allocation import select_sites
 from hf_prune.calibration.batches import first_sample
 from hf_prune.errors import RecipeError, UnsupportedModelError
-from hf_prune.pipeline import make_plan
+from hf_prune.plan import PruningPlan
+from hf_prune.planning import make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.fields import Criterion, MacBudget
 from hf_prune.report.build import Totals, measure_totals
@@ -15,9 +16,17 @@ from hf_prune.structure import inspect_model, require_sites
 from hf_prune.structure.inputs import example_inputs
 
 
-def check_fit(recipe: Recipe, model: nn.Module) -> None:
+def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | None:
     """Whether the recipe can be met on a model of such sizes: what is named is there, nothing is emptied, budgets and
     patterns fit. What depends on scores is left to the run. On the meta device it costs no memory.
+
+    Args:
+        recipe: to be met.
+        model: of the sizes, on the meta device.
+        dense: its totals.
+
+    Returns:
+        A plan of the steps whose numbers follow from sizes alone, with random scores; None if there are none.
 
     Raises:
         RecipeError: it can't.
@@ -36,12 +45,11 @@ def check_fit(recipe: Recipe, model: nn.Module) -> None:
                     f"prune.{number}.pattern: {m} of {step.pattern.n}:{m} does not divide the {d_in} inputs of "
                     f"{site.name}; add it to exclude"
                 )
-    planned = of_sizes(recipe, with_macs=totals(model).macs is not None)
-    if planned is not None:
-        make_plan(model, planned)
+    planned = _of_sizes(recipe, with_macs=dense.macs is not None)
+    return None if planned is None else make_plan(model, planned)
 
 
-def of_sizes(recipe: Recipe, *, with_macs: bool) -> Recipe | None:
+def _of_sizes(recipe: Recipe, *, with_macs: bool) -> Recipe | None:
     """The steps whose numbers follow from sizes alone, with random scores and no repair; None if there are none."""
     steps = tuple(
         step.model_copy(update={"criterion": Criterion(name="random"), "compensation": "none"})

@@ -12,13 +12,12 @@ from transformers import AutoConfig, default_data_collator
 
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.errors import CheckpointError, RecipeError
-from hf_prune.job.fit import check_fit, of_sizes, totals
+from hf_prune.job.fit import check_fit, totals
 from hf_prune.job.models import meta_model, model_class, read_config
 from hf_prune.job.progress import Stages
 from hf_prune.job.run import compare
 from hf_prune.job.tasks import Prepared, accuracy
 from hf_prune.pipeline import apply_, finish_
-from hf_prune.planning import make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.fields import MacBudget
 from hf_prune.report import PruningReport
@@ -43,8 +42,8 @@ def plan_only(recipe: Recipe) -> PruningReport:
     if recipe.model is None:
         raise RecipeError("--plan-only needs the recipe's section 'model'")
     model = meta_model(recipe.model.name_or_path, recipe.model.task, recipe.model.revision)
-    check_fit(recipe, model)
     dense = totals(model)
+    plan = check_fit(recipe, model, dense)
     notes = []
     for number, step in enumerate(recipe.prune):
         if step.target == "weights":
@@ -61,10 +60,7 @@ def plan_only(recipe: Recipe) -> PruningReport:
             if sizes:
                 said = f"{_ranges(sizes[:-1])} of {sizes[-1]}" if len(sizes) > 1 else f"no fewer than {sizes[-1]}"
                 notes.append(f"prune.{number}: equal sites of {said} {step.target} load without hf_prune")
-    planned = of_sizes(recipe, with_macs=dense.macs is not None)
-    plan = None
-    if planned is not None:
-        plan = make_plan(model, planned)
+    if plan is not None:
         apply_(model, plan)
     report = finish_(model, recipe, plan=plan, verify=False, dense=dense)
     report.content["notes"] = [note for note in report.content["notes"] if not note.startswith("not verified")] + notes

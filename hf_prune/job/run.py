@@ -18,7 +18,7 @@ from hf_prune.calibration.batches import take, to_device
 from hf_prune.checkpoint.saving import update_side_files
 from hf_prune.errors import PruneError, RecipeError, VerificationError
 from hf_prune.hub.push import push_folder
-from hf_prune.job.fit import check_fit
+from hf_prune.job.fit import check_fit, totals
 from hf_prune.job.measure import latency_ms
 from hf_prune.job.models import check_files, meta_model, model_class
 from hf_prune.job.output import TRAINING, check_output, save, writing
@@ -87,7 +87,7 @@ def check(recipe: Recipe) -> None:
     resolve(recipe.data.name_or_path, "data.name_or_path")
     model = meta_model(recipe.model.name_or_path, recipe.model.task, recipe.model.revision)
     check_files(recipe.model)
-    check_fit(recipe, model)
+    check_fit(recipe, model, totals(model))
 
 
 def compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) -> PruningReport:
