@@ -29,6 +29,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import hf_prune
+from hf_prune.structure.cost import count_parameters
 
 
 LENGTH, BATCH_SIZE = 512, 8
@@ -68,7 +69,9 @@ def main(
     table = Table(title=f"{windows} x {LENGTH} tokens of calibration; perplexity over dense", title_justify="left")
     for column in ("method", *evaluation, "parameters", "CPU seconds", "peak MiB so far"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_row("dense (perplexity)", *(f"{value:.2f}" for value in dense.values()), f"{_size(load()):,}", "", "")
+    table.add_row(
+        "dense (perplexity)", *(f"{value:.2f}" for value in dense.values()), f"{count_parameters(load()):,}", "", ""
+    )
     for name in chosen:
         pruned = load()
         started = time.process_time()
@@ -76,7 +79,7 @@ def main(
         seconds = time.process_time() - started
         ratios = [f"{perplexity(pruned, ids) / dense[text]:.3f}" for text, ids in evaluation.items()]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        table.add_row(name, *ratios, f"{_size(pruned):,}", f"{seconds:.0f}", f"{peak:,.0f}")
+        table.add_row(name, *ratios, f"{count_parameters(pruned):,}", f"{seconds:.0f}", f"{peak:,.0f}")
         print(name, *ratios, f"{seconds:.0f} CPU s", flush=True)
     Console(width=120).print(table)
 
@@ -87,10 +90,6 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
     model.eval()
     losses = [model(input_ids=batch, labels=batch).loss.double() * len(batch) for batch in ids.split(4)]
     return math.exp(float(sum(losses)) / len(ids))
-
-
-def _size(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _loader(name: str | None):  # type: ignore[no-untyped-def]

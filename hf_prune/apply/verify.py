@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from hf_prune.apply.shrink import ShrinkRecord
+from hf_prune.calibration.blocks import first_tensor, without_cache
 from hf_prune.errors import CalibrationError, VerificationError
 from hf_prune.structure import ModelStructure, Site
 
@@ -124,14 +124,14 @@ class _SiteWatcher:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if module is not original:
                 return  # a float32 copy of a container around this one
-            args, kwargs = _without_cache(args), _without_cache(kwargs)
-            reference = _first_tensor(output)
+            args, kwargs = without_cache(args), without_cache(kwargs)
+            reference = first_tensor(output)
             if reference.dtype in (torch.float32, torch.float64):
-                actual = _first_tensor(counterpart.forward(*args, **kwargs))
+                actual = first_tensor(counterpart.forward(*args, **kwargs))
             else:  # half precision hides a real difference behind rounding: compare float32 copies
                 args, kwargs = _to_float32(args), _to_float32(kwargs)
-                reference = _first_tensor(copy.deepcopy(module).float().forward(*args, **kwargs))
-                actual = _first_tensor(copy.deepcopy(counterpart).float().forward(*args, **kwargs))
+                reference = first_tensor(copy.deepcopy(module).float().forward(*args, **kwargs))
+                actual = first_tensor(copy.deepcopy(counterpart).float().forward(*args, **kwargs))
             self.differences[name] = _worse(self.differences.get(name, 0.0), _relative_l2(actual, reference))
 
         return hook
@@ -172,17 +172,6 @@ def _outputs(output: Any) -> dict[str, Tensor]:
         for name, value in items
         if isinstance(value, Tensor) and value.is_floating_point() and name != "loss"
     }
-
-
-def _first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _without_cache(values: Any) -> Any:
-    """A container called twice must not append its keys to the cache twice."""
-    if isinstance(values, dict):
-        return {name: None if isinstance(value, Cache) else value for name, value in values.items()}
-    return tuple(None if isinstance(value, Cache) else value for value in values)
 
 
 def _to_float32(values: Any) -> Any:

@@ -39,13 +39,11 @@ class BlockCall:
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, BlockCall]:
-        """The hidden states of a call, and the rest of it; no cache, which would grow with every run of the block."""
-        args = tuple(None if isinstance(value, Cache) else value for value in args)
-        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        if "hidden_states" in kwargs:
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            return kwargs["hidden_states"], cls(args, rest, by_name=True)
-        return args[0], cls(args[1:], kwargs, by_name=False)
+        """The hidden states of a call, and the rest of it without a cache."""
+        args, rest = without_cache(args), without_cache(kwargs)
+        if "hidden_states" in rest:
+            return rest.pop("hidden_states"), cls(args, rest, by_name=True)
+        return args[0], cls(args[1:], rest, by_name=False)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """(B, T, d_model) -> (B, T, d_model)."""
@@ -182,6 +180,13 @@ def scratch_copy(block: nn.Module) -> nn.Module:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return copied
+
+
+def without_cache(values: Any) -> Any:
+    """Arguments without their cache of keys, which would grow each time that what takes it is run again."""
+    if isinstance(values, Mapping):
+        return {name: None if isinstance(value, Cache) else value for name, value in values.items()}
+    return tuple(None if isinstance(value, Cache) else value for value in values)
 
 
 def first_tensor(value: Any) -> Tensor:

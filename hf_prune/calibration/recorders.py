@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_prune.calibration.batches import Batch, decoder_modules
-from hf_prune.calibration.statistics import output_slice, parameter_names
+from hf_prune.calibration.statistics import parameter_names
 from hf_prune.errors import CalibrationError
+from hf_prune.structure.naming import d_in
 from hf_prune.structure.sites import Read, Site, WeightSite
 
 
@@ -47,7 +48,7 @@ class InputSums:
     ):
         self._model, self._of = model, of
         self._decoder = decoder_modules(model)
-        self.sums = {name: _zeros(d_in) for name, d_in in _input_sizes(model, sites)}
+        self.sums = {name: _zeros(size) for name, size in _input_sizes(model, sites)}
         self.counts = {name: _zeros(1) for name in self.sums}
 
     def attach(self) -> Iterator[RemovableHandle]:
@@ -273,9 +274,7 @@ def _input_sizes(model: nn.Module, sites: Sequence[Site | WeightSite]) -> Iterat
             yield site.module, site.shape[site.reduction_dim]
         else:
             for read in site.reads:
-                weight = model.get_submodule(read.module).weight
-                assert isinstance(weight, Tensor)
-                yield read.module, weight.shape[output_slice(site, read).dim]
+                yield read.module, d_in(model.get_submodule(read.module))
 
 
 def _units(x: Tensor, site: Site, read: Read) -> Tensor:

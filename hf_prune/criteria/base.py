@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.statistics import Statistics, is_parameter, output_slice
 from hf_prune.errors import RecipeError
+from hf_prune.structure.naming import weight_of
 from hf_prune.structure.sites import Read, Site, Target, WeightSite
 
 
@@ -91,8 +92,7 @@ def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tenso
 
 def squared_columns(model: nn.Module, site: Site, read: Read) -> Tensor:
     """|W_out[:, j]|² for each input j of the output projection that reads a site's units: float64 (d_in,)."""
-    weight = model.get_submodule(read.module).weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(model.get_submodule(read.module))
     return weight.detach().double().square().sum(1 - output_slice(site, read).dim).cpu()
 
 

@@ -15,7 +15,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_prune.report.table import dense_words, difference, hardware_words, is_smaller, sample_shape, shown, site_rows
+from hf_prune.report.table import (
+    dense_words,
+    difference,
+    hardware_words,
+    is_smaller,
+    no_change,
+    relative_change,
+    sample_shape,
+    shown,
+    site_rows,
+)
 
 
 _TEMPLATE = "card.md.j2"
@@ -202,7 +212,7 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
             "Size",
             "Counted on the saved model.",
             [*((_counted(name, totals), old, new) for name, old, new in counts), *on_disk],
-            _share,
+            relative_change,
         ),
         ("Quality", _of_quality(report), _metrics(report), difference),
         (
@@ -212,9 +222,14 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
                 (f"milliseconds, batch of {batch}", dense, pruned)
                 for batch, dense, pruned in _pairs(latency.get("dense"), latency.get("pruned"))
             ],
-            _speedup if is_smaller(report) else _no_change,
+            _speedup if is_smaller(report) else no_change,
         ),
-        ("Estimated", "Computed, not measured.", _pairs(estimated.get("dense"), estimated.get("pruned")), _share),
+        (
+            "Estimated",
+            "Computed, not measured.",
+            _pairs(estimated.get("dense"), estimated.get("pruned")),
+            relative_change,
+        ),
     )
     return [
         {
@@ -242,17 +257,8 @@ def _row(name: str, dense: float | None, pruned: float | None, change: str) -> d
     return {"name": title, "dense": shown(dense), "pruned": shown(pruned), "change": change}
 
 
-def _share(dense: float | None, pruned: float | None) -> str:
-    return f"{pruned / dense - 1:+.1%}" if dense and pruned is not None else ""
-
-
 def _speedup(dense: float | None, pruned: float | None) -> str:
     return f"{dense / pruned:.2f}×" if dense and pruned else ""
-
-
-def _no_change(dense: float | None, pruned: float | None) -> str:
-    """Of a model from which nothing left: a difference in time is chance."""
-    return ""
 
 
 def _number(value: Any) -> float | None:

@@ -48,15 +48,15 @@ def totals_table(content: Mapping[str, Any]) -> Table:
     totals, measured, estimated = content["totals"], content["measured"], content["estimated"]
     dense, pruned = totals["dense"], totals["pruned"]
     counted = [
-        ("parameters", dense["parameters"], pruned["parameters"], _share),
-        (f"MACs, {sample_shape(totals)}", dense["macs"], pruned["macs"], _share),
+        ("parameters", dense["parameters"], pruned["parameters"], relative_change),
+        (f"MACs, {sample_shape(totals)}", dense["macs"], pruned["macs"], relative_change),
     ]
     if files := measured.get("bytes_on_disk"):
-        counted.append(("bytes on disk", files["dense"], files["pruned"], _share))
+        counted.append(("bytes on disk", files["dense"], files["pruned"], relative_change))
     else:
-        counted.append(("bytes in memory", dense["bytes"], pruned["bytes"], _share))
+        counted.append(("bytes in memory", dense["bytes"], pruned["bytes"], relative_change))
     metrics, latency = measured.get("metrics", {}), measured.get("latency_ms", {})
-    gain = _gain if is_smaller(content) else _nothing
+    gain = _gain if is_smaller(content) else no_change
     # not every run measures the dense model
     runs = [
         (name, metrics.get("dense", {}).get(name), new, difference) for name, new in metrics.get("pruned", {}).items()
@@ -65,7 +65,9 @@ def totals_table(content: Mapping[str, Any]) -> Table:
         (f"latency, batch of {size} (ms)", latency.get("dense", {}).get(size), new, gain)
         for size, new in latency.get("pruned", {}).items()
     ]
-    guesses = [(name, estimated["dense"].get(name), new, _share) for name, new in estimated.get("pruned", {}).items()]
+    guesses = [
+        (name, estimated["dense"].get(name), new, relative_change) for name, new in estimated.get("pruned", {}).items()
+    ]
     for title, rows in (("counted", counted), ("measured", runs), ("estimated", guesses)):
         if rows:
             table.add_section()
@@ -148,7 +150,8 @@ def difference(old: Any, new: Any) -> str:
     return f"{new - old:+.4g}" if old is not None and new is not None else ""
 
 
-def _share(old: Any, new: Any) -> str:
+def relative_change(old: Any, new: Any) -> str:
+    """Of a size: how much it changed by."""
     return f"{new / old - 1:+.1%}" if old and new is not None else ""
 
 
@@ -156,7 +159,8 @@ def _gain(old: Any, new: Any) -> str:
     return f"{old / new:.2f}× as fast" if old and new else ""
 
 
-def _nothing(old: Any, new: Any) -> str:
+def no_change(old: Any, new: Any) -> str:
+    """Of the times of a model from which nothing left: a difference is chance."""
     return ""
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_prune.pipeline import RecipeLike
+from hf_prune.planning import Batches, RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.training.pruner import Batches, Pruner
+from hf_prune.training.pruner import Pruner
 
 
 class PruningCallback(TrainerCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,9 +18,9 @@ from hf_prune.apply import present
 from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
 from hf_prune.calibration.batches import first_sample
 from hf_prune.errors import CheckpointError
-from hf_prune.pipeline import RecipeLike, apply_, finish_, verification_batches
+from hf_prune.pipeline import apply_, finish_, verification_batches
 from hf_prune.plan import PruningPlan
-from hf_prune.planning import make_plan
+from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import measure_totals
@@ -28,7 +28,6 @@ from hf_prune.structure import inspect_model
 from hf_prune.training.schedule import updates
 
 
-Batches = Iterable[Mapping[str, Any]]
 logger = logging.getLogger(__name__)
 
 

@@ -20,7 +20,7 @@ from hf_prune.calibration.batches import n_samples, take
 from hf_prune.checkpoint.renamed import load_renamed_
 from hf_prune.checkpoint.saving import add_side_files, is_pruned
 from hf_prune.errors import RecipeError, VerificationError
-from hf_prune.pipeline import RecipeLike
+from hf_prune.planning import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.training.pruner import Pruner, unwrap
