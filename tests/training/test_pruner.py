@@ -14,7 +14,19 @@ from tests import zoo
 from tests.training.data import RECIPE, Tokens
 
 
+class Langevin(torch.optim.SGD):
+    """SGD with noise (Welling & Teh 2011): it moves weights that have neither gradient nor momentum."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
 OPTIMIZERS = {
+    "sgd with noise": lambda p: Langevin(p, lr=0.1),
     "sgd with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.9),
