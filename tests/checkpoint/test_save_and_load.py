@@ -9,7 +9,17 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel, BertForSequenceClassification, BertModel, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModel,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import hf_prune
 from hf_prune.checkpoint import allowed_sizes, is_complete
@@ -82,6 +92,20 @@ def test_what_it_can_not_say_carries_a_manifest_and_the_modelling_file(name, tar
     assert config["hf_prune"]["version"] == 1
     assert (tmp_path / "modeling_hf_prune.py").exists()
     assert is_complete(tmp_path)
+
+
+def test_a_pipeline_loads_it(tmp_path):
+    model, verdict = shrunk("bert", targets=("attention_heads",))
+    assert verdict.loads_with == "hf_prune"
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"[UNK]": 0} | {f"w{number}": number for number in range(1, 99)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]")
+    said = pipeline("text-classification", model=str(tmp_path), tokenizer=tokenizer)("w5 w6 w7", top_k=None)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[5, 6, 7]])).logits.softmax(-1)[0]
+    scores = {each["label"]: each["score"] for each in said}
+    assert [scores[f"LABEL_{number}"] for number in range(2)] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_base_from_head_and_head_from_base(tmp_path):
