@@ -338,7 +338,8 @@ def _discussion(repo: Repo, item: Discussion) -> dict[str, Any]:
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"
-_API = rf"/api/models/{_REPO}"
+# reading a data set is reading a model under another name
+_API = rf"/api/(?:models|datasets)/{_REPO}"
 _REV = r"(?P<rev>[^/]+)"
 ROUTES = [
     (methods.split(), re.compile(pattern), handle)
@@ -363,6 +364,6 @@ ROUTES = [
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/verify", HubHandler.lfs_verify),
         ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})", HubHandler.storage_put),
         ("GET HEAD", r"/storage/(?P<oid>[0-9a-f]{64})", HubHandler.storage_get),
-        ("GET HEAD", rf"/{_REPO}/resolve/{_REV}/(?P<path>.+)", HubHandler.resolve),
+        ("GET HEAD", rf"(?:/datasets)?/{_REPO}/resolve/{_REV}/(?P<path>.+)", HubHandler.resolve),
     )
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,28 @@ def test_a_run_pushes_all_of_it_with_metrics_dense_and_pruned(hub, api, recipe):
     dense, small = (measured["metrics"][side]["accuracy"] for side in ("dense", "pruned"))
     assert f"| accuracy | {dense:,.4g} | {small:,.4g} |" in card.text
     assert str(Path(recipe["output"]["dir"]).parent) not in card.content, "a path of this machine was published"
+
+
+def test_model_and_data_may_be_ids_of_the_hub(hub, api, recipe, tmp_path):
+    for repo, folder in (("ada/base", tmp_path / "base"), ("ada/data", tmp_path / "data")):
+        api.create_repo(repo, private=False)
+        if repo == "ada/data":
+            folder.mkdir()
+            (tmp_path / "data.jsonl").rename(folder / "data.jsonl")
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    recipe["model"]["name_or_path"], recipe["data"]["name_or_path"] = "ada/base", "ada/data"
+    hf_prune.Recipe.from_dict(recipe).to_yaml(tmp_path / "recipe.yaml")
+    environment = {**os.environ, **hub.env(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hf_prune", "run", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = ModelCard.load(REPO)
+    assert card.data.base_model == "ada/base"
+    assert card.data.datasets == ["ada/data"]
+    assert card.data.license == "apache-2.0"
+    report = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
+    assert report["model"]["name_or_path"] == "ada/base"
+    assert report["measured"]["metrics"]["pruned"]["accuracy"] is not None
 
 
 def test_a_push_that_fails_leaves_the_saved_model(hub, recipe):
