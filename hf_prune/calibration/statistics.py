@@ -19,7 +19,9 @@ TURNS = "turns"
 GATE_GRADIENTS = "gate_gradients"
 SQUARED_GATE_GRADIENTS = "squared_gate_gradients"
 WEIGHT_GRADIENTS = "weight_gradients"
+MOVEMENT = "movement"
 NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, SQUARED_GATE_GRADIENTS, WEIGHT_GRADIENTS})
+NEEDS_OF_TRAINING = frozenset({MOVEMENT})  # what no pass over calibration data tells
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Statistics:
         gate_gradients: by site key, (n_units,): sum over samples of |dL/dg|, g a factor on the unit's contribution.
         squared_gate_gradients: by site key, (n_units,): sum over samples of (dL/dg)².
         weight_gradients: by parameter name, its shape: dL/dw.
+        movement: by site key, (n_units,) or the weight's shape, float32: -Σ w dL/dw over the optimizer's steps, see
+            `hf_prune.training.movement`; 0 for what has left.
         n_samples: samples seen.
         n_labels: label tokens (or samples with a label) that the loss L, a sum, was divided by; 0 without gradients.
     """
@@ -48,6 +52,7 @@ class Statistics:
     gate_gradients: dict[str, Tensor] = field(default_factory=dict)
     squared_gate_gradients: dict[str, Tensor] = field(default_factory=dict)
     weight_gradients: dict[str, Tensor] = field(default_factory=dict)
+    movement: dict[str, Tensor] = field(default_factory=dict)
     n_samples: int = 0
     n_labels: int = 0
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.statistics import Statistics, is_parameter, output_slice
 from hf_prune.errors import RecipeError
 from hf_prune.structure.naming import weight_of
-from hf_prune.structure.sites import Read, Site, Target, WeightSite
+from hf_prune.structure.sites import Read, Site, Span, Target, TensorSlice, WeightSite
 
 
 class Criterion(Protocol):
@@ -75,19 +75,18 @@ def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tenso
         return torch.stack([means[block] for block in site.blocks])
     total = torch.zeros(site.n_units, dtype=torch.float64)
     n_entries = 0
-    units = torch.arange(site.n_units)
     for name, tensor, piece in _slices(model, site):
-        index = piece.index(units).to(tensor.device)
-        values = of(name, tensor).index_select(piece.dim, index).double()  # spans x units x width along dim
-        other = [dim for dim in range(values.dim()) if dim != piece.dim]
-        along = (values.sum(other) if other else values).cpu()
-        start = 0
-        for span in piece.spans:
-            size = site.n_units * span.width
-            total += along[start : start + size].reshape(site.n_units, span.width).sum(1)
-            start += size
-        n_entries += values.numel() // site.n_units
+        values = of(name, tensor).double()
+        total += sum_of_slice(site, piece, values).cpu()
+        n_entries += values.numel() // values.shape[piece.dim] * piece.entries_per_unit
     return total / n_entries
+
+
+def sum_of_slice(site: Site, piece: TensorSlice, values: Tensor) -> Tensor:
+    """The sum over the entries of each unit in `values`, of the shape of the tensor that `piece` is of: (n_units,)."""
+    other = [dim for dim in range(values.dim()) if dim != piece.dim]
+    along = values.sum(other) if other else values  # (entries along dim,)
+    return torch.stack([_by_unit(site, span, along) for span in piece.spans]).sum(0)
 
 
 def squared_columns(model: nn.Module, site: Site, read: Read) -> Tensor:
@@ -98,13 +97,17 @@ def squared_columns(model: nn.Module, site: Site, read: Read) -> Tensor:
 
 def sum_by_unit(site: Site, read: Read, values: Tensor) -> Tensor:
     """(d_in,) by input of the output projection -> (n_units,): the sum over each unit's entries."""
-    inside = values.narrow(0, read.span.start, site.n_units * read.span.width)
-    return inside.reshape(site.n_units, read.span.width).sum(1)
+    return _by_unit(site, read.span, values)
 
 
 def no_weights(name: str) -> RecipeError:
     """The error of a criterion that scores units only."""
     return RecipeError(f"criterion {name} is not defined for weights")
+
+
+def _by_unit(site: Site, span: Span, along: Tensor) -> Tensor:
+    inside = along.narrow(0, span.start, site.n_units * span.width)
+    return inside.reshape(site.n_units, span.width).sum(1)
 
 
 def _slices(model: nn.Module, site: Site) -> Iterator[tuple]:
