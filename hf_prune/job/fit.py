@@ -10,7 +10,7 @@ from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import make_plan
 from hf_prune.recipe import Recipe
-from hf_prune.recipe.fields import Criterion, MacBudget
+from hf_prune.recipe.fields import Compensation, Criterion, MacBudget
 from hf_prune.report.build import Totals, measure_totals
 from hf_prune.structure import inspect_model, require_sites
 from hf_prune.structure.inputs import example_inputs
@@ -52,7 +52,7 @@ def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | 
 def _of_sizes(recipe: Recipe, *, with_macs: bool) -> Recipe | None:
     """The steps whose numbers follow from sizes alone, with random scores and no repair; None if there are none."""
     steps = tuple(
-        step.model_copy(update={"criterion": Criterion(name="random"), "compensation": "none"})
+        step.model_copy(update={"criterion": Criterion(name="random"), "compensation": Compensation()})
         for step in recipe.prune
         if step.target != "weights"
         and step.threshold is None

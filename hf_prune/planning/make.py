@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_prune.apply.masks import masks_of
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import KeepMasks, PruningPlan, made_for
 from hf_prune.planning.repair import Wanted, repair
-from hf_prune.planning.step import StepPlanner
+from hf_prune.planning.step import StepPlanner, refuse_without_training
 from hf_prune.recipe import Recipe
 from hf_prune.structure import ModelStructure, inspect_model
 
@@ -29,6 +29,7 @@ def make_plan(
     calibration: Batches | None = None,
     progress: float | Sequence[float] = 1.0,
     previous: PruningPlan | None = None,
+    movement: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
     """Decide what leaves `model` by `recipe`. The model is left as it was.
 
@@ -38,6 +39,7 @@ def make_plan(
         calibration: keyword inputs of the model, batch first; needed by criteria that look at data.
         progress: how much of the final sparsity to reach, in [0, 1]; one number, or one a step of the recipe.
         previous: the plan of the update before: what left by it stays out, and its base counts as the beginning.
+        movement: by site key, what training gathered for criteria that score it; None where nothing trains.
 
     Returns:
         The plan; equal inputs give an equal plan, on one process or many.
@@ -48,6 +50,8 @@ def make_plan(
         UnsupportedModelError: the model has no unit of a target, with the reason.
     """
     recipe = Recipe.load(recipe)
+    if movement is None:
+        refuse_without_training(recipe)
     structure = inspect_model(model)
     progresses = list(progress) if isinstance(progress, Sequence) else [progress] * len(recipe.prune)
     batches = list(calibration) if calibration is not None else None
@@ -66,7 +70,7 @@ def make_plan(
             plan.steps.append(before)
             continue
         earlier = previous.masks if previous else KeepMasks()
-        planner = StepPlanner(model, structure, recipe, step, batches, plan.masks, earlier)
+        planner = StepPlanner(model, structure, recipe, step, batches, plan.masks, earlier, movement)
         if planner.updates_weights:
             repairs.make()  # what is repaired is then pruned further, not the other way round
         plan.steps.append(planner.choose(before, reached, plan))
@@ -91,14 +95,14 @@ class _Repairs:
         self.is_due = False
 
     def ask_for(self, step: Any, masks: KeepMasks) -> None:
-        if step.compensation == "none" or not masks:
+        if step.compensation.name == "none" or not masks:
             return
         if not self.batches:
             raise CalibrationError(
-                f"compensation {step.compensation} of {step.target} is fitted on data; pass `calibration`, an iterable "
+                f"compensation {step.compensation.name} of {step.target} is fitted on data; pass `calibration`, an iterable "
                 "of the keyword inputs that the model takes"
             )
-        self.wanted.add(self.structure, step.target, step.compensation, masks)
+        self.wanted.add(self.structure, step.target, step.compensation.name, masks)
         self.is_due = True
 
     def make(self) -> None:

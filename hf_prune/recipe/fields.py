@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from hf_prune.recipe.vocabulary import CRITERIA, LATER_CRITERIA
+from hf_prune.recipe.vocabulary import COMPENSATIONS, CRITERIA, LATER_CRITERIA
 from hf_prune.recipe.words import NOT_YET, nearest, shown
 
 
@@ -44,6 +44,13 @@ class Criterion(Section):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Compensation(Section):
+    """A repair's name; `add`: projections that have no bias get one."""
+
+    name: str = "none"
+    add: bool = False
 
 
 class Pattern(Section):
@@ -102,19 +109,39 @@ def parse_criterion(value: Any) -> Any:
         raise ValueError(f"criterion {name!r} {NOT_YET}; known: {known}")
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; known: {known}{nearest(name, CRITERIA)}")
-    mistakes, known_options = [], CRITERIA[name].options
+    return Criterion(name=name, options=_options(f"criterion {name}", options, CRITERIA[name].options))
+
+
+def parse_compensation(value: Any) -> Any:
+    if isinstance(value, Compensation):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    known = ("none", *COMPENSATIONS)
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ValueError(f"expected one of {', '.join(known)}, or {{name: …, option: …}}")
+    name, options = value["name"], {key: option for key, option in value.items() if key != "name"}
+    if name not in known:
+        raise ValueError(f"unknown compensation {shown(name)}; known: {', '.join(known)}{nearest(name, known)}")
+    known_options = COMPENSATIONS[name].options if name in COMPENSATIONS else {}
+    return Compensation(name=name, **_options(f"compensation {name}", options, known_options))
+
+
+def _options(who: str, options: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    """The options of `who`, of the types that `known` has for them; all mistakes in one error."""
+    found, mistakes = dict(options), []
     for option, given in options.items():
-        if option not in known_options:
-            takes = ", ".join(sorted(known_options)) or "no options"
-            mistakes.append(f"criterion {name} takes {takes}; unknown: {option}{nearest(str(option), known_options)}")
+        if option not in known:
+            takes = ", ".join(sorted(known)) or "no options"
+            mistakes.append(f"{who} takes {takes}; unknown: {option}{nearest(str(option), known)}")
             continue
-        kind, said = _OPTION_TYPES[known_options[option]]
-        options[option] = whole(given) if kind is int else given
-        if not isinstance(options[option], kind) or isinstance(given, bool) != (kind is bool):
-            mistakes.append(f"{option} of criterion {name} is {shown(given)}; expected {said}")
+        kind, said = _OPTION_TYPES[known[option]]
+        found[option] = whole(given) if kind is int else given
+        if not isinstance(found[option], kind) or isinstance(given, bool) != (kind is bool):
+            mistakes.append(f"{option} of {who} is {shown(given)}; expected {said}")
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    return Criterion(name=name, options=options)
+    return found
 
 
 def parse_pattern(value: Any) -> Any:
@@ -168,6 +195,17 @@ def _section(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     }
 
 
+def _named_ways(options: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """A name, or a name with the options that it takes."""
+    return [
+        {"enum": list(options)},
+        *(
+            _section({"name": {"const": name}} | {option: {"type": kind} for option, kind in takes.items()}, "name")
+            for name, takes in options.items()
+        ),
+    ]
+
+
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 VersionField = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})]
 SparsityField = _one_of(
@@ -176,17 +214,14 @@ SparsityField = _one_of(
     _section({"parameters": _FRACTION}, "parameters"),
     _section({"macs": _FRACTION}, "macs"),
 )
-CriterionField = _one_of(
-    parse_criterion,
-    {"enum": list(CRITERIA)},
-    *(
-        _section(
-            {"name": {"const": name}} | {option: {"type": kind} for option, kind in entry.options.items()},
-            "name",
-        )
-        for name, entry in CRITERIA.items()
+CriterionField = _one_of(parse_criterion, *_named_ways({name: entry.options for name, entry in CRITERIA.items()}))
+CompensationField = Annotated[
+    Any,
+    BeforeValidator(parse_compensation),
+    WithJsonSchema(
+        {"anyOf": _named_ways({"none": {}} | {name: entry.options for name, entry in COMPENSATIONS.items()})}
     ),
-)
+]
 PatternField = _one_of(
     parse_pattern,
     {"const": "unstructured"},

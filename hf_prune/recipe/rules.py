@@ -15,22 +15,17 @@ from hf_prune.recipe.fields import (
     ParameterBudget,
     Pattern,
     is_number,
+    parse_compensation,
     parse_criterion,
     parse_pattern,
     parse_sparsity,
 )
-from hf_prune.recipe.vocabulary import CRITERIA, EVERY_TARGET, UNITS
+from hf_prune.recipe.vocabulary import COMPENSATIONS, CRITERIA, EVERY_TARGET
 
 
 AMOUNTS = ("sparsity", "threshold", "remove")
 # keys that mean nothing for single weights, with their defaults
 OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
-# what each compensation repairs
-COMPENSATIONS: dict[str, frozenset[str]] = {
-    "bias": frozenset({"ffn_neurons", "attention_heads"}),
-    "least_squares": UNITS,
-    "linear": frozenset({"layers"}),
-}
 _WHY_NOT: dict[type, str] = {
     MacBudget: "{macs: …} is for layers, heads and neurons: zeros in a dense weight save no operation",
     ParameterBudget: "{parameters: …} is for layers, heads and neurons: zeros stay in the tensor; give a plain fraction",
@@ -94,11 +89,14 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 )
             if scope == "global":
                 yield "scope", f"criterion {criterion.name} goes through one stack at a time, scope layer; {instead}"
-    compensation = step.get("compensation", "none")
-    if isinstance(target, str) and isinstance(compensation, str):
-        repaired = COMPENSATIONS.get(compensation, EVERY_TARGET)
+    compensation = _parsed(parse_compensation, step.get("compensation"))
+    if isinstance(target, str) and compensation is not None and compensation.name in COMPENSATIONS:
+        repaired = COMPENSATIONS[compensation.name].targets
         if target in EVERY_TARGET - repaired:
-            yield "compensation", f"compensation {compensation} is for {', '.join(sorted(repaired))}, not {target}"
+            yield (
+                "compensation",
+                f"compensation {compensation.name} is for {', '.join(sorted(repaired))}, not {target}",
+            )
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
@@ -169,8 +167,8 @@ def step_schema() -> dict[str, Any]:
                 if entry.is_greedy
             ),
             *(
-                {"if": _is("compensation", {"const": name}), "then": _where(target={"enum": sorted(targets)})}
-                for name, targets in COMPENSATIONS.items()
+                {"if": _is("compensation", _named(name)), "then": _where(target={"enum": sorted(entry.targets)})}
+                for name, entry in COMPENSATIONS.items()
             ),
             _where(schedule=_where(shrink={"const": "at_end"})),
         ]
@@ -191,7 +189,7 @@ def _given(key: str) -> dict[str, Any]:
     return _is(key, {"not": {"type": "null"}})
 
 
-def _named(criterion: str, **options: Any) -> dict[str, Any]:
-    """This criterion, by its name alone or with options that fit these."""
-    properties = {"name": {"const": criterion}, **options}
-    return {"anyOf": [{"const": criterion}, {"type": "object", "required": ["name"], "properties": properties}]}
+def _named(name: str, **options: Any) -> dict[str, Any]:
+    """This criterion or compensation, by its name alone or with options that fit these."""
+    properties = {"name": {"const": name}, **options}
+    return {"anyOf": [{"const": name}, {"type": "object", "required": ["name"], "properties": properties}]}

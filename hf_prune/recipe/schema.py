@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
 from hf_prune.recipe.fields import (
+    Compensation,
+    CompensationField,
     Count,
     Criterion,
     CriterionField,
@@ -64,11 +66,13 @@ class Schedule(Section):
 
 
 class Calibration(Section):
-    """The data that criteria look at: how many samples, their length in tokens, how many at a time."""
+    """The data that criteria look at: how many samples, their length in tokens, how many at a time, where what passes
+    between blocks is kept."""
 
     samples: Count = 128
     length: Count = 512
     batch_size: Count = 8
+    offload: Literal["none", "disk"] = "none"
 
 
 class Step(Section):
@@ -91,7 +95,7 @@ class Step(Section):
     include: tuple[str, ...] = Field((), strict=False)
     exclude: tuple[str, ...] = Field((), strict=False)
     pattern: PatternField = None
-    compensation: Literal["none", "bias", "least_squares", "linear"] = "none"
+    compensation: CompensationField = Compensation()
     schedule: Schedule | None = None
 
     @model_validator(mode="after")
@@ -104,9 +108,11 @@ class Step(Section):
             object.__setattr__(self, "scope", CRITERIA[self.criterion.name].scope)
         return self
 
-    @field_serializer("sparsity", "criterion", "pattern")
+    @field_serializer("sparsity", "criterion", "pattern", "compensation")
     def _as_written(self, value: Any) -> Any:
         match value:
+            case Compensation(add=False):
+                return value.name
             case Criterion():
                 return {"name": value.name, **value.options} if value.options else value.name
             case Pattern(kind="n_m"):

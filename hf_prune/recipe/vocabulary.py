@@ -54,6 +54,20 @@ CRITERIA = {
     ),
 }
 
+
+class CompensationEntry(NamedTuple):
+    """What a repair is for, and its options in a recipe."""
+
+    targets: frozenset[str]
+    options: Mapping[str, str] = MappingProxyType({})
+
+
+COMPENSATIONS = {
+    "bias": CompensationEntry(frozenset({"ffn_neurons", "attention_heads"}), options={"add": "boolean"}),
+    "least_squares": CompensationEntry(UNITS, options={"add": "boolean"}),
+    "linear": CompensationEntry(frozenset({"layers"})),
+}
+
 # What the language has names for and this version has not.
 LATER_CRITERIA = frozenset(
     {

@@ -35,6 +35,7 @@ DEFAULTS = {
     ("Steps", "scope"): "`layer`; wanda: `output`",
     ("Steps", "pattern"): "`unstructured`",
     ("Steps", "schedule"): "the recipe's",
+    ("Steps", "compensation"): "`none`",
     ("Steps", "include"): "all",
     ("model", "dtype"): "`float32`",
 }

@@ -41,7 +41,15 @@ OPTIONS: dict[str, list[Any]] = {
     "include": [["*.0.*"]],
     "exclude": [["*.0.*", "*.1.*"]],
     "pattern": ["unstructured", "2:4", "1:2", "4:8", {"block": [4, 4]}],
-    "compensation": ["none", "bias", "least_squares", "linear"],
+    "compensation": [
+        "none",
+        "bias",
+        "least_squares",
+        "linear",
+        {"name": "none"},
+        {"name": "bias", "add": True},
+        {"name": "least_squares", "add": False},
+    ],
     "schedule": [{"name": "linear"}, {"begin": 0, "end": 1, "updates": 3}, {"shrink": "never"}],
 }
 SECTIONS: dict[str, list[Any]] = {
@@ -63,7 +71,7 @@ SECTIONS: dict[str, list[Any]] = {
         {"name": "one_shot", "begin": 0.5},
         {"name": "constant", "begin": 0.2, "end": 0.4, "updates": 2, "shrink": "never"},
     ],
-    "calibration": [{"samples": 8, "length": 16, "batch_size": 2}],
+    "calibration": [{"samples": 8, "length": 16, "batch_size": 2, "offload": "disk"}],
 }
 # what is put in the place of each value of a good recipe
 JUNK = [None, True, "x", "2:4", "4:2", -1, 0, 0.5, 1, 1.5, 2, 10**12, [], [1], ["x"], [1, 2], {}, {"x": 1}, {"*": [1]}]
@@ -87,6 +95,7 @@ def good() -> Iterator[dict[str, Any]]:
     for criterion in ("fisher", "fluctuation", "apoz"):
         yield recipe({"target": "ffn_neurons", "sparsity": 0.5, "criterion": criterion, "compensation": "bias"})
     yield recipe({"target": "attention_heads", "sparsity": 0.5, "compensation": "least_squares"})
+    yield recipe({"target": "ffn_neurons", "sparsity": 0.5, "compensation": {"name": "bias", "add": True}})
     yield recipe({"target": "layers", "sparsity": 0.2, "criterion": "loss_change"})
     for criterion in ("block_influence", {"name": "loss_change", "greedy": False, "samples": 4}):
         yield recipe({"target": "layers", "sparsity": 0.2, "criterion": criterion, "compensation": "linear"})

@@ -97,7 +97,17 @@ training: {learning_rte: 1e-3}
         ({"prune": [STEP | {"allocation": "owl"}]}, "is not supported in this version"),
         ({"prune": [STEP | {"compensation": "linear"}]}, "compensation linear is for layers, not ffn_neurons"),
         ({"prune": [STEP | {"compensation": "least_square"}]}, "did you mean 'least_squares'"),
-        ({"prune": [STEP | {"compensation": ["bias"]}]}, r"compensation: \['bias'\] is not allowed"),
+        ({"prune": [STEP | {"compensation": ["bias"]}]}, r"compensation: \['bias'\]: expected one of none, bias"),
+        ({"prune": [STEP | {"compensation": {"name": "bias", "ad": True}}]}, "bias takes add; unknown: ad; did you"),
+        (
+            {"prune": [STEP | {"compensation": {"name": "bias", "add": 1}}]},
+            "add of compensation bias is 1; expected true",
+        ),
+        ({"prune": [STEP | {"compensation": {"name": "none", "add": True}}]}, "none takes no options; unknown: add"),
+        (
+            {"calibration": {"offload": "dsk"}},
+            "'dsk' is not allowed; expected one of 'none', 'disk'; did you mean 'disk'",
+        ),
         ({"prune": [LOSSES | {"threshold": {"rule": "absolute", "value": 1}}]}, "how many leave, so give a sparsity"),
         ({"prune": [LOSSES | {"sparsity": 0.5, "scope": "global"}]}, "one stack at a time, scope layer"),
         (
