@@ -15,9 +15,10 @@ from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.present import dropped_blocks, is_inside, present_entries
 from hf_prune.calibration import collect
 from hf_prune.calibration.batches import first_sample, to_device
+from hf_prune.calibration.statistics import NEEDS_OF_TRAINING, Statistics
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.criteria import get as get_criterion
-from hf_prune.criteria.base import PrunesMatrices, RanksUnits
+from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.planning.sparsify import sparsify
@@ -25,6 +26,34 @@ from hf_prune.recipe import Recipe
 from hf_prune.structure import ModelStructure, Site, WeightSite, require_sites
 from hf_prune.structure.cost import UnitCosts, mac_costs, parameter_costs
 from hf_prune.structure.inputs import example_inputs
+
+
+def criterion_of(step: Any, seed: int) -> Criterion | None:
+    """What scores a step's units or weights, if anything does; `seed` is the recipe's."""
+    options = dict(step.criterion.options)
+    if step.criterion.name == "random" and options.get("seed") is None:
+        options["seed"] = seed
+    return None if step.remove is not None else get_criterion(step.criterion.name, options)
+
+
+def scores_training(step: Any) -> bool:
+    """Whether a step's criterion scores what training does to the weights."""
+    criterion = criterion_of(step, seed=0)
+    return criterion is not None and bool(criterion.needs(step.target) & NEEDS_OF_TRAINING)
+
+
+def refuse_without_training(recipe: Recipe) -> None:
+    """Raise where a criterion scores training and there is none.
+
+    Raises:
+        RecipeError: naming the step, and what goes instead.
+    """
+    for number, step in enumerate(recipe.prune):
+        if scores_training(step):
+            raise RecipeError(
+                f"prune.{number}.criterion: {step.criterion.name} scores what training does to the weights, and there is "
+                "none here; use PruningTrainer, Pruner or a recipe's `training` section, or in one shot taylor"
+            )
 
 
 class StepPlanner:
@@ -39,14 +68,13 @@ class StepPlanner:
         batches: list[Mapping[str, Any]] | None,
         kept: KeepMasks,
         earlier: KeepMasks,
+        movement: Mapping[str, Tensor] | None,
     ):
         self.model, self.structure, self.recipe, self.step, self.batches = model, structure, recipe, step, batches
         self.kept = kept  # by the steps before
         self.left = kept & earlier  # and by all steps at the update before
-        options = dict(step.criterion.options)
-        if step.criterion.name == "random" and options.get("seed") is None:
-            options["seed"] = recipe.seed
-        self.criterion = None if step.remove is not None else get_criterion(step.criterion.name, options)
+        self.movement = movement  # that training gathered, by site key
+        self.criterion = criterion_of(step, recipe.seed)
 
     @property
     def updates_weights(self) -> bool:
@@ -113,8 +141,13 @@ class StepPlanner:
         if self.criterion is None:
             return {}
         needs = self.criterion.needs(self.step.target)
-        model = self._as_left() if needs else self.model
-        statistics = collect(model, self._require_batches(), needs, sites, seed=self.recipe.seed) if needs else None
+        of_data = needs - NEEDS_OF_TRAINING
+        model, statistics = self.model, Statistics()
+        if of_data:
+            model = self._as_left()
+            statistics = collect(model, self._require_batches(), of_data, sites, seed=self.recipe.seed)
+        if needs & NEEDS_OF_TRAINING:
+            statistics.movement = self._require_movement(sites)
         scores = {}
         for site in sites:
             if isinstance(site, WeightSite):
@@ -130,6 +163,22 @@ class StepPlanner:
                 "iterable of the keyword inputs that the model takes (with labels where it needs a loss)"
             )
         return self.batches
+
+    def _require_movement(self, sites: Sequence[Site | WeightSite]) -> dict[str, Tensor]:
+        assert self.movement is not None, "refused by `refuse_without_training`"
+        movement = {site.key: self.movement[site.key] for site in sites}
+        for key, values in movement.items():
+            if not torch.isfinite(values).all():
+                raise CalibrationError(
+                    f"the movement of {key} is not finite: a gradient or weight was not. Train with a lower learning "
+                    "rate or in bfloat16, or clip gradients"
+                )
+        if movement and not any(values.any() for values in movement.values()):
+            raise CalibrationError(
+                f"criterion {self.step.criterion.name!r} has seen no gradient: hand Pruner the optimizer that trains the "
+                "model, and call step() after each of its steps"
+            )
+        return movement
 
     def _as_left(self) -> nn.Module:
         """The model without what earlier steps and updates removed: itself, or a scratch copy."""

@@ -25,10 +25,13 @@ from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import measure_totals
 from hf_prune.structure import inspect_model
+from hf_prune.training.movement import Movement
 from hf_prune.training.schedule import updates
 
 
 logger = logging.getLogger(__name__)
+
+_MOVEMENT = "movement|"  # what names in a state begin with; those of masks with a step's number
 
 
 class Pruner:
@@ -82,6 +85,7 @@ class Pruner:
         self._sparsity: dict[str, float] | None = None  # counting takes time, and only updates change it
         self._hooks: list[RemovableHandle] = []
         self._structure = inspect_model(self.model)
+        self._movement = Movement(self.model, self._structure, self.recipe, self.optimizer)
         with torch.random.fork_rng(devices=[]):
             batches, _ = verification_batches(self.model, self._batches(), "", at_most=1)
             self._dense = measure_totals(self.model, first_sample(batches))
@@ -107,8 +111,10 @@ class Pruner:
             calibration=self._batches(),
             progress=[self._progress(of_step) for of_step in self.updates],
             previous=self.plan,
+            movement=self._movement.sums,
         )
         apply_(self.model, self.plan)
+        self._movement.forget(masks_of(self.model))
         self._watch_gradients()
         self._zero_moments()
         self.seconds += time.perf_counter() - started
@@ -156,22 +162,22 @@ class Pruner:
             )
 
     def detach(self) -> None:
-        """Take the hooks off the parameters; masks stay."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        """Take the hooks off the parameters and the optimizer; masks stay."""
+        self._movement.detach()
+        self._unwatch_gradients()
 
     # ----------------------------------------------------------------------------------------------------------
     # resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, recipe and plan: its masks in `tensors` by name, the rest plain data."""
+        """Step, recipe and plan: its masks, and the movement so far, in `tensors` by name, the rest plain data."""
         plan = self.plan
+        movement = {f"{_MOVEMENT}{key}": s.to("cpu", copy=True) for key, s in self._movement.sums.items()}
         return {
             "n_done": self.n_done,
             "recipe": self.recipe.to_dict(),
             "plan": plan.to_dict() if plan else None,
-            "tensors": plan.mask_tensors() if plan else {},
+            "tensors": (plan.mask_tensors() if plan else {}) | movement,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,10 +194,13 @@ class Pruner:
                 + "\nResume with the checkpoint's recipe, or start anew in another output directory."
             )
         self.n_done = int(state["n_done"])
+        tensors = {name: tensor for name, tensor in state["tensors"].items() if not name.startswith(_MOVEMENT)}
+        movement = {name: tensor for name, tensor in state["tensors"].items() if name.startswith(_MOVEMENT)}
+        self._movement.load({name.removeprefix(_MOVEMENT): tensor for name, tensor in movement.items()})
         if state["plan"] is None:
             return
         # without its replacements: those are in the weights, which were trained since
-        self.plan = PruningPlan.from_parts(state["plan"], state["tensors"])
+        self.plan = PruningPlan.from_parts(state["plan"], tensors)
         apply_(self.model, self.plan)
         self._watch_gradients()
 
@@ -209,8 +218,13 @@ class Pruner:
             entries.setdefault(parameter, []).append(entry)
         return entries
 
+    def _unwatch_gradients(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
     def _watch_gradients(self) -> None:
-        self.detach()
+        self._unwatch_gradients()
         self._sparsity = None
         for parameter, entries in self._by_parameter().items():
             if parameter.requires_grad:
