@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,14 @@ class RanksUnits(Criterion, Protocol):
         """Float32 scores (n_units,) on the CPU, by site key, given how many units leave each site."""
 
 
+class PrunedMatrix(NamedTuple):
+    """What `PrunesMatrices.prune` makes of a matrix (d_out, d_in)."""
+
+    keep: Tensor  # bool
+    values: Tensor  # float32, zero where not kept
+    n_near_ties: int  # entries that stay and that another machine's rounding might take instead
+
+
 @runtime_checkable
 class PrunesMatrices(Criterion, Protocol):
     """A criterion that chooses the entries of a matrix and gives new values to those that stay."""
@@ -55,7 +63,7 @@ class PrunesMatrices(Criterion, Protocol):
 
     def prune(
         self, matrix: Tensor, gram: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> PrunedMatrix:
         """Keep-mask and values (d_out, d_in), from the Gram matrix (d_in, d_in) of the inputs."""
 
 

@@ -22,10 +22,7 @@ def lowest(score: Tensor, present: Tensor, gone: Tensor, n_removed: int) -> tupl
     values = score[candidates]
     left = min(left, len(values))
     cut = torch.kthvalue(values, left).values
-    below = values < cut
-    ties = torch.nonzero(values == cut).reshape(-1)[: left - int(below.sum())]
-    taken = below
-    taken[ties] = True
-    near = int(((values - cut).abs() <= NEAR_TIE * cut.abs()).sum()) - len(ties)
+    taken = values < cut
+    taken[torch.nonzero(values == cut).reshape(-1)[: left - int(taken.sum())]] = True
     removed[torch.nonzero(candidates).reshape(-1)[taken]] = True
-    return removed, max(0, near - int((below & ((cut - values) <= NEAR_TIE * cut.abs())).sum()))
+    return removed, int((((values - cut).abs() <= NEAR_TIE * cut.abs()) & ~taken).sum())

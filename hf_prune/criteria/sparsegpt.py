@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.statistics import Statistics
-from hf_prune.criteria.selection import lowest
+from hf_prune.criteria.base import PrunedMatrix
+from hf_prune.criteria.selection import NEAR_TIE, lowest
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
@@ -59,8 +60,8 @@ class SparseGPT:
 
     def prune(
         self, matrix: Tensor, gram: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Which entries stay, and their new values.
+    ) -> PrunedMatrix:
+        """Which entries stay, their new values, and the near-ties at the cuts of all blocks or groups of columns.
 
         Args:
             matrix: (d_out, d_in).
@@ -68,9 +69,6 @@ class SparseGPT:
             there: bool (d_out, d_in): entries that may be kept; the others are zero already.
             n_leaving: how many entries of `there` leave; of no account with `group`.
             group: (n, m): n of every m along d_in stay.
-
-        Returns:
-            Keep-mask, bool (d_out, d_in), and values, float32 (d_out, d_in), zero where not kept.
         """
         original = matrix.float().masked_fill(~there, 0.0)
         damped = gram.double().clone()
@@ -80,21 +78,21 @@ class SparseGPT:
         damped.diagonal().add_(self.damping * scale)
         wanted = original.masked_fill(dead, 0.0)  # columns whose input never fires leave first
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-        keep, values = self._sweep(wanted.clone(), factor, there, n_leaving, group)
+        keep, values, n_near = self._sweep(wanted.clone(), factor, there, n_leaving, group)
         if self.refine:
             values = solve_on_support(values, wanted, keep, damped.float(), self.refine)
         # what stays of those columns is as it was: nothing is known about it
-        return keep, torch.where(keep & dead, original, values)
+        return PrunedMatrix(keep, torch.where(keep & dead, original, values), n_near)
 
     def _sweep(
         self, matrix: Tensor, factor: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> PrunedMatrix:
         """Algorithm 1. `factor` is the upper Cholesky factor of H⁻¹: row j holds what column j hands on."""
         keep = there.clone()
         n_columns = matrix.shape[1]
         width = self.block if group is None else self.block // group[1] * group[1] or group[1]
         n_there = int(there.sum())
-        n_seen = n_removed = 0
+        n_seen = n_removed = n_near = 0
         for start in range(0, n_columns, width):
             stop = min(start + width, n_columns)
             columns, handed = matrix[:, start:stop], factor[start:stop, start:stop]
@@ -104,22 +102,26 @@ class SparseGPT:
                 n_here = round(n_leaving * n_seen / max(1, n_there)) - n_removed
                 n_removed += n_here
                 score, inside = (columns / scale).square().reshape(-1), there[:, start:stop].reshape(-1)
-                leaving, _ = lowest(score, inside, torch.zeros_like(inside), n_here)
+                leaving, near = lowest(score, inside, torch.zeros_like(inside), n_here)
+                n_near += near
                 keep[:, start:stop] &= ~leaving.reshape(columns.shape)
             lost = torch.zeros_like(columns)
             for j in range(stop - start):
                 if group is not None and j % group[1] == 0:
                     each = slice(j, j + group[1])
                     score = (columns[:, each] / scale[each]).square().masked_fill(~there[:, start:stop][:, each], -1.0)
-                    first = score.argsort(dim=1, stable=True)[:, : group[1] - group[0]]
-                    keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, first, False)
+                    ranked, order = score.sort(dim=1, stable=True)
+                    n_leave = group[1] - group[0]
+                    keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, order[:, :n_leave], False)
+                    cut = ranked[:, n_leave - 1 : n_leave]  # -1 where nothing that was there has to leave
+                    n_near += int(((ranked[:, n_leave:] - cut <= NEAR_TIE * cut) & (cut >= 0)).sum())
                 kept = keep[:, start + j]
                 error = torch.where(kept, 0.0, columns[:, j]) / scale[j]
                 columns[:, j + 1 :].addr_(error, handed[j, j + 1 :], alpha=-1.0)
                 columns[:, j] = torch.where(kept, columns[:, j], 0.0)
                 lost[:, j] = error
             matrix[:, stop:].addmm_(lost, factor[start:stop, stop:], alpha=-1.0)
-        return keep, matrix
+        return PrunedMatrix(keep, matrix, n_near)
 
 
 def solve_on_support(start: Tensor, wanted: Tensor, keep: Tensor, gram: Tensor, n_steps: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_prune.allocation import choose_units, choose_weights, select_sites
 from hf_prune.apply.masks import masks_of, set_masks
-from hf_prune.apply.present import dropped_blocks, is_inside, present_entries
+from hf_prune.apply.present import dropped_modules, is_inside, present_entries, units_there
 from hf_prune.calibration import collect
 from hf_prune.calibration.batches import first_sample, to_device
 from hf_prune.calibration.statistics import NEEDS_OF_TRAINING, Statistics
@@ -95,17 +95,15 @@ class StepPlanner:
             chosen = choose_weights(self.step, weights, scores, eligible, gone, progress=progress, present=present)
             keep = KeepMasks(weights=chosen.keep)
         else:
-            require_sites(self.structure, self.step.target)
-            dropped = dropped_blocks(self.structure, self.kept)
+            require_sites(self.structure, self.step.target, self.step.part)
+            dropped = dropped_modules(self.structure, self.kept)
             sites = [
                 site
-                for site in select_sites(self.step, self.structure.of(self.step.target))
-                if site.target == "layers" or not is_inside(site, dropped)
+                for site in select_sites(self.step, self.structure.of(self.step.target, self.step.part))
+                if not is_inside(site, dropped)
             ]
-            leaving = [site.key for site in self.structure if site.target != "layers" and is_inside(site, dropped)]
-            eligible = {
-                site.key: self.kept.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool)) for site in sites
-            }
+            leaving = [site.key for site in self.structure if is_inside(site, dropped)]
+            eligible = {site.key: units_there(self.structure, self.kept, site) for site in sites}
             gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
             choose = partial(
                 choose_units,
@@ -218,9 +216,10 @@ class StepPlanner:
                 n_eligible = int(eligible[site.name].sum())
                 n_leaving = 0 if group else round(progress * self.step.sparsity * n_eligible) - (n_eligible - n_left)
                 inner = (rows[:, None], columns)
-                keep[inner], values[inner] = criterion.prune(
+                keep[inner], values[inner], n_near_ties = criterion.prune(
                     matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group
                 )
+                plan.n_near_ties += n_near_ties
             return keep, values
 
         done = sparsify(

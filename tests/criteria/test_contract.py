@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from hf_prune.calibration import collect
+from hf_prune.calibration.statistics import NEEDS_OF_TRAINING, Statistics
 from hf_prune.criteria import get
 from hf_prune.criteria.base import PrunesMatrices, RanksUnits
 from hf_prune.recipe.vocabulary import CRITERIA
-from hf_prune.structure import inspect_model
+from hf_prune.structure import WeightSite, inspect_model
 from tests import zoo
 
 
@@ -43,10 +44,17 @@ def pruned(criterion, model, sites):
         matrix = weight if site.reduction_dim == 1 else weight.T
         x = torch.randn(64, matrix.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         there = torch.ones(matrix.shape, dtype=torch.bool)
-        keep, values = criterion.prune(matrix, x.T @ x, there, matrix.numel() // 2, None)
+        keep, values, _ = criterion.prune(matrix, x.T @ x, there, matrix.numel() // 2, None)
         assert keep.dtype == torch.bool and int((~keep).sum()) == matrix.numel() // 2 and not values[~keep].any()
         found.append((keep, values if site.reduction_dim == 1 else values.T))
     return found
+
+
+def trained(sites):
+    """What training might have gathered."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {site.key: site.shape if isinstance(site, WeightSite) else (site.n_units,) for site in sites}
+    return Statistics(movement={key: torch.randn(shape, generator=generator) for key, shape in shapes.items()})
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
@@ -67,7 +75,10 @@ def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
             return [by_key[site.key] for site in sites]
         if isinstance(scorer, PrunesMatrices):
             return [values for _, values in pruned(scorer, model, sites)]
-        statistics = collect(model, batches, needs, sites) if needs else None
+        if needs & NEEDS_OF_TRAINING:
+            statistics = trained(sites)
+        else:
+            statistics = collect(model, batches, needs, sites) if needs else None
         score = scorer.score_weights if target == "weights" else scorer.score_units
         return [score(model, site, statistics) for site in sites]
 

@@ -114,7 +114,7 @@ def test_sparsegpt_without_refinement_is_algorithm_1(block):
     matrix, inputs = correlated()
     gram = gram_of(inputs)
     expected, values = algorithm_1(matrix, gram, 51, block, 0.01)
-    keep, found = get("sparsegpt", {"block": block, "refine": 0}).prune(matrix, gram, ones(matrix), 51)
+    keep, found, _ = get("sparsegpt", {"block": block, "refine": 0}).prune(matrix, gram, ones(matrix), 51)
     assert torch.equal(keep, expected)
     assert torch.allclose(found.double(), values, rtol=1e-4, atol=1e-4)
 
@@ -123,7 +123,7 @@ def test_sparsegpt_without_refinement_is_algorithm_1(block):
 def test_refined_values_are_the_exact_solution_on_the_support(group):
     matrix, inputs = correlated()
     gram = gram_of(inputs)
-    keep, found = get("sparsegpt", {"refine": 100}).prune(matrix, gram, ones(matrix), 64, group)
+    keep, found, _ = get("sparsegpt", {"refine": 100}).prune(matrix, gram, ones(matrix), 64, group)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(16, dtype=torch.float64)
     for i in range(8):
         support = torch.nonzero(keep[i]).reshape(-1)
@@ -136,7 +136,7 @@ def test_refined_values_are_the_exact_solution_on_the_support(group):
 def test_n_m_keeps_n_of_every_m(n, m):
     matrix, inputs = correlated()
     for block in (1, 4, 6, 128):
-        keep, values = get("sparsegpt", {"block": block}).prune(matrix, gram_of(inputs), ones(matrix), 0, (n, m))
+        keep, values, _ = get("sparsegpt", {"block": block}).prune(matrix, gram_of(inputs), ones(matrix), 0, (n, m))
         assert (keep.reshape(8, -1, m).sum(-1) == n).all()
         assert not values[~keep].any() and torch.isfinite(values).all()
 
@@ -147,7 +147,7 @@ def test_exactly_as_many_leave_and_what_left_stays_out(n_leaving, block):
     matrix, inputs = correlated()
     there = torch.rand(matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.8
     assert n_leaving < there.sum()
-    keep, values = get("sparsegpt", {"block": block}).prune(matrix, gram_of(inputs), there, n_leaving)
+    keep, values, _ = get("sparsegpt", {"block": block}).prune(matrix, gram_of(inputs), there, n_leaving)
     assert not (keep & ~there).any() and not values[~there].any()
     assert int((there & ~keep).sum()) == n_leaving
 
@@ -156,7 +156,7 @@ def test_n_m_takes_what_left_before_first():
     matrix, inputs = correlated()
     there = ones(matrix)
     there[:, [0, 1, 2]] = False  # three of the first four, one of the others' none
-    keep, _ = get("sparsegpt").prune(matrix, gram_of(inputs), there, 0, (2, 4))
+    keep, _, _ = get("sparsegpt").prune(matrix, gram_of(inputs), there, 0, (2, 4))
     assert torch.equal(keep[:, :4], there[:, :4])
     assert (keep[:, 4:].reshape(8, -1, 4).sum(-1) == 2).all()
 
@@ -166,7 +166,7 @@ def test_a_column_that_never_fires_leaves_first_and_what_stays_of_it_is_as_it_wa
     matrix, inputs = correlated()
     inputs[:, 5] = 0
     gram = gram_of(inputs) * 1e-6  # small numbers, so that a 1 put on the diagonal would rule the ridge
-    keep, values = get("sparsegpt").prune(matrix, gram, ones(matrix), 4, group)
+    keep, values, _ = get("sparsegpt").prune(matrix, gram, ones(matrix), 4, group)
     assert torch.isfinite(values).all()
     left = (~keep).nonzero()
     if group is None:
@@ -181,12 +181,28 @@ def test_a_column_that_never_fires_leaves_first_and_what_stays_of_it_is_as_it_wa
 
 def test_all_columns_dead_and_a_singular_gram_matrix():
     matrix, inputs = correlated()
-    keep, values = get("sparsegpt").prune(matrix, torch.zeros(16, 16, dtype=torch.float64), ones(matrix), 64)
+    keep, values, _ = get("sparsegpt").prune(matrix, torch.zeros(16, 16, dtype=torch.float64), ones(matrix), 64)
     assert int((~keep).sum()) == 64 and torch.allclose(values, matrix.float() * keep)
     few = inputs[:3]  # rank 3 of 16
-    keep, values = get("sparsegpt").prune(matrix, gram_of(few), ones(matrix), 64)
+    keep, values, _ = get("sparsegpt").prune(matrix, gram_of(few), ones(matrix), 64)
     assert int((~keep).sum()) == 64 and torch.isfinite(values).all()
     assert error(matrix, values, gram_of(few)) < error(matrix, matrix * keep, gram_of(few))
+
+
+@pytest.mark.parametrize("conditioning", [1.0, 1e4])
+def test_near_ties_of_sparsegpt_by_hand(conditioning):
+    # with independent inputs a score is w² times the mean square of its input, and nothing moves
+    matrix = torch.tensor([[1.0, 3.0, 2.0, 4.0], [2.0, 2.0 + 1e-7, 5.0, 6.0]])
+    gram = conditioning * torch.eye(4, dtype=torch.float64)
+    prune = get("sparsegpt").prune
+    assert prune(matrix, gram, ones(matrix), 1).n_near_ties == 0  # the 1 leaves, and nothing is near it
+    assert prune(matrix, gram, ones(matrix), 2).n_near_ties == 2  # of three twos one leaves
+    assert prune(matrix, gram, ones(matrix), 4).n_near_ties == 0  # all of them do
+    assert prune(matrix, gram, ones(matrix), 0, (2, 4)).n_near_ties == 0  # 1, 2 and 2, 2 leave
+    assert prune(matrix, gram, ones(matrix), 0, (3, 4)).n_near_ties == 1  # 1, and the first 2 of the second row
+    there = ones(matrix)
+    there[1, 0] = False  # the group has lost its one already
+    assert prune(matrix, gram, there, 0, (3, 4)).n_near_ties == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -194,8 +210,8 @@ def test_all_columns_dead_and_a_singular_gram_matrix():
 def test_sparsegpt_loses_less_than_wanda_and_magnitude(seed, group):
     matrix, inputs = correlated(seed=seed, d_in=32, d_out=24)
     gram = gram_of(inputs)
-    _, values = get("sparsegpt", {"block": 8}).prune(matrix, gram, ones(matrix), matrix.numel() // 2, group)
-    _, unrefined = get("sparsegpt", {"block": 8, "refine": 0}).prune(
+    _, values, _ = get("sparsegpt", {"block": 8}).prune(matrix, gram, ones(matrix), matrix.numel() // 2, group)
+    _, unrefined, _ = get("sparsegpt", {"block": 8, "refine": 0}).prune(
         matrix, gram, ones(matrix), matrix.numel() // 2, group
     )
     sparse = error(matrix, values, gram)
