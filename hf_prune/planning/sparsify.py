@@ -2,19 +2,21 @@
 
 Each matrix sees its inputs as the pruned matrices before it make them. What shares an input shares its Gram matrix. Its
 target is what it computes itself on these inputs; or, with `dense_target`, what the dense model has in its place, so that
-it makes up for what those before it left over, as a repair does.
+it makes up for what those before it left over, as a repair does. A matrix outside the stacks of blocks, such as a pooler,
+is a stack of one block, itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import dealt
+from hf_prune.apply.masks import masked_entries
+from hf_prune.calibration.batches import Batch, dealt
 from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
@@ -22,7 +24,7 @@ from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks
+from hf_prune.planning.scratch import Linear, masked_copy
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
 
@@ -67,39 +69,95 @@ def sparsify(
 
     Raises:
         CalibrationError: an input is not finite.
-        RecipeError: a matrix is outside the stacks of blocks.
+        RecipeError: a matrix is not run once in a pass over the model.
         UnsupportedModelError: the blocks are no chain.
     """
     mine = list(dealt(batches, next(model.parameters()).device))
-    stacks = stacks_of(model)
-    require_in_stacks((site.module for site in sites), stacks, "this criterion")
     done = Sparsified({}, {})
+    changed = _changed(structure, masks, replacements)
     replaced: dict[str, list[Tensor]] = {}
     with evaluation(model, seed), torch.no_grad():
-        for name, blocks in stacks.items():
-            inside = {site.module: site for site in sites if site.module.startswith(f"{name}.")}
-            if inside:
-                if len(set(blocks)) < len(blocks):
-                    raise RecipeError(
-                        f"this criterion works block by block, and the block of {name} is called {len(blocks)} times; "
-                        "use another, such as wanda"
-                    )
-                chain = record_chain(model, name, blocks, mine, replaced)
-                dense = None
-                if dense_target:
-                    dense = record_chain(model, name, blocks, mine, {}) if replaced else chain.fork()
-                keep = masks.units.get(f"layers:{name}", torch.ones(len(blocks), dtype=torch.bool))
-                for position, block in enumerate(blocks):
-                    live = model.get_submodule(block)
-                    if keep[position]:
-                        scratch = masked_copy(model, structure, masks, block, replacements)
-                        reference = None if dense is None else _Reference(live, dense, position)
-                        _prune_block(scratch, chain, position, reference, inside, there, prune, done, len(batches))
-                        chain.run_(position, scratch)
-                    if dense is not None:
-                        dense.run_(position, live)
-                replaced[blocks[-1]] = chain.hidden
+        for name, blocks in _in_order(model, sites, changed, mine).items():
+            inside = {site.module: site for site in sites if _is_in(site.module, name)}
+            is_shared = len(set(blocks)) < len(blocks)
+            if not inside and (is_shared or not any(_is_in(module, name) for module in changed)):
+                continue
+            if is_shared:
+                raise RecipeError(
+                    f"this criterion works block by block, and the block of {name} is called {len(blocks)} times; "
+                    "use another, such as wanda"
+                )
+            chain = record_chain(model, name, blocks, mine, replaced)
+            dense = None
+            if dense_target:
+                dense = record_chain(model, name, blocks, mine, {}) if replaced else chain.fork()
+            keep = masks.units.get(f"layers:{name}", torch.ones(len(blocks), dtype=torch.bool))
+            for position, block in enumerate(blocks):
+                live = model.get_submodule(block)
+                if keep[position]:
+                    scratch = masked_copy(model, structure, masks, block, replacements)
+                    reference = None if dense is None else _Reference(live, dense, position)
+                    _prune_block(scratch, chain, position, reference, inside, there, prune, done, len(batches))
+                    chain.run_(position, scratch)
+                if dense is not None:
+                    dense.run_(position, live)
+            replaced[blocks[-1]] = chain.hidden
     return done
+
+
+def _changed(structure: ModelStructure, masks: KeepMasks, replacements: Mapping[str, Tensor]) -> set[str]:
+    """The modules that earlier steps changed."""
+    parameters = {entry.name for entry in masked_entries(structure, masks)} | replacements.keys()
+    dropped = {site.name for site in structure.of("layers") if not masks.units.get(site.key, torch.ones(1)).all()}
+    return dropped | {name.rpartition(".")[0] for name in parameters}
+
+
+def _in_order(
+    model: nn.Module, sites: Sequence[WeightSite], changed: Collection[str], batches: Sequence[Batch]
+) -> dict[str, tuple[str, ...]]:
+    """The stacks of blocks, and the matrices outside of them that are to be pruned or are changed already, each as a stack
+    of one block; in the order in which the model runs them, up to the last that is to be pruned."""
+    stacks = stacks_of(model)
+    blocks = tuple(f"{block}." for of_stack in stacks.values() for block in of_stack)
+    wanted = {site.module for site in sites}
+    outside = {
+        name
+        for name in sorted(wanted | {*changed})
+        if not name.startswith(blocks) and hasattr(model.get_submodule(name), "weight")
+    }
+    stages = {**stacks, **{name: (name,) for name in outside}}
+
+    def count_calls() -> dict[str, int]:
+        n_calls: dict[str, int] = {}
+        handles = [
+            model.get_submodule(first).register_forward_pre_hook(
+                lambda module, args, name=name: n_calls.update({name: n_calls.get(name, 0) + 1})
+            )
+            for name, (first, *_) in stages.items()
+        ]
+        try:
+            model(**batches[0].inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return n_calls
+
+    n_calls = as_first_rank(count_calls)
+    for name in sorted(outside & wanted):
+        if n_calls.get(name) != 1:
+            raise RecipeError(
+                f"{name} is called {n_calls.get(name, 0)} times in a pass over the calibration data; this criterion goes "
+                "through the model in order, once: exclude it"
+            )
+    in_order = [name for name in (*n_calls, *stacks.keys() - n_calls) if name in stacks or n_calls[name] == 1]
+    while in_order and not any(_is_in(module, in_order[-1]) for module in wanted):
+        in_order.pop()
+    return {name: stages[name] for name in in_order}
+
+
+def _is_in(module: str, name: str) -> bool:
+    """Whether `module` is `name` or inside of it."""
+    return f"{module}.".startswith(f"{name}.")
 
 
 @dataclass
@@ -123,13 +181,13 @@ def _prune_block(
     n_batches: int,
 ) -> None:
     block = chain.blocks[position]
-    names = [site[len(block) + 1 :] for site in sites if site.startswith(f"{block}.")]
-    for together in as_first_rank(lambda: _by_input(scratch, chain, position, names)):
+    inside = {name[len(block) + 1 :]: site for name, site in sites.items() if _is_in(name, block)}
+    for together in as_first_rank(lambda: _by_input(scratch, chain, position, list(inside))):
         fit, test = _moments(scratch, chain, position, together, reference, n_batches)
         gram = fit.gram + test.gram
         change = refit(fit, test if test.n_tokens else None).change if reference else None  # (sum of d_out, d_in)
         for name in together:
-            site = sites[f"{block}.{name}"]
+            site = inside[name]
             linear = Linear.of(scratch.get_submodule(name))
             transposed = site.reduction_dim == 0
             mask = there[site.name].to(linear.weight.device)
@@ -148,6 +206,8 @@ def _by_input(scratch: nn.Module, chain: Chain, position: int, names: Sequence[s
         return []
     with recorded(scratch, [(name, "input") for name in names]) as seen:
         chain.calls[0][position](scratch, chain.hidden[0])
+    if idle := sorted({*names} - {name for name, _ in seen}):
+        raise RecipeError(f"{chain.blocks[position]}.{idle[0]} is not run on the calibration data; exclude it")
     groups: dict[int, list[str]] = {}
     for (name, _), tensor in seen.items():
         groups.setdefault(id(tensor), []).append(name)
@@ -197,6 +257,6 @@ def _moments(
                 1,
             )
         moments[is_test(chain.batches[number].index, n_batches)].add_(inputs, lacking)
-    reduce_(moments, f"{chain.blocks[position]}.{together[0]}")
+    reduce_(moments, f"{chain.blocks[position]}.{together[0]}".removesuffix("."))
     fit, test = moments
     return fit, test
