@@ -80,6 +80,8 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield "criterion", f"criterion {criterion.name} goes with a sparsity or a pattern N:M"
             if scope != "layer":
                 yield "scope", f"criterion {criterion.name} prunes matrix by matrix, scope layer; drop {scope}"
+        if entry.by_threshold and step.get("threshold") is None:
+            yield "threshold", f"criterion {criterion.name} goes with a threshold; for a share or N:M take movement"
         if entry.is_greedy and criterion.options.get("greedy", True):
             instead = f"with {{name: {criterion.name}, greedy: false}} it goes"
             if step.get("threshold") is not None:
@@ -165,6 +167,11 @@ def step_schema() -> dict[str, Any]:
                 }
                 for name, entry in CRITERIA.items()
                 if entry.is_greedy
+            ),
+            *(
+                {"if": _is("criterion", _named(name)), "then": _given("threshold")}
+                for name, entry in CRITERIA.items()
+                if entry.by_threshold
             ),
             *(
                 {"if": _is("compensation", _named(name)), "then": _where(target={"enum": sorted(entry.targets)})}

@@ -22,6 +22,7 @@ class CriterionEntry(NamedTuple):
     scope: str = "layer"
     is_blockwise: bool = False  # chooses and updates together, matrix by matrix
     is_greedy: bool = False  # measures anew after each unit that leaves a site, unless its option `greedy` is false
+    by_threshold: bool = False  # says how much leaves by a threshold on its scores, and by nothing else
 
 
 # A new criterion is a file in hf_prune/criteria and a line here.
@@ -52,6 +53,8 @@ CRITERIA = {
         options={"block": "integer", "damping": "number", "refine": "integer", "dense_target": "boolean"},
         is_blockwise=True,
     ),
+    "movement": CriterionEntry("movement", "Movement", targets=EVERY_TARGET - {"layers"}),
+    "soft_movement": CriterionEntry("movement", "SoftMovement", targets=EVERY_TARGET - {"layers"}, by_threshold=True),
 }
 
 
@@ -71,6 +74,6 @@ COMPENSATIONS = {
 # What the language has names for and this version has not.
 LATER_CRITERIA = frozenset(
     {
-        "angular", "combined", "greedy", "movement", "soft_movement",
+        "angular", "combined", "greedy",
     }
 )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 import hf_prune
-from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS
+from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, NEEDS_OF_TRAINING
 from hf_prune.criteria import get
 from hf_prune.criteria.base import PrunesMatrices, RanksUnits
 from hf_prune.recipe import Recipe
@@ -22,6 +22,7 @@ NEEDS = {
     "nothing": set(),
     "inputs": {"squared_inputs", "mean_inputs", "firing", "squared_updates", "turns"},
     "inputs and a loss": NEEDS_OF_GRADIENTS,
+    "training": NEEDS_OF_TRAINING,
 }
 
 

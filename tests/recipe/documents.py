@@ -107,6 +107,9 @@ def good() -> Iterator[dict[str, Any]]:
     for criterion in ("wanda", {"name": "ria", "power": 0.25}, "sparsegpt", {"name": "sparsegpt", "damping": 0.05}):
         yield recipe({"target": "weights", "sparsity": 0.5, "criterion": criterion})
         yield recipe({"target": "weights", "pattern": "2:4", "criterion": criterion, "scope": "layer"})
+    for target in ("weights", "ffn_neurons"):
+        yield recipe({"target": target, "sparsity": 0.5, "criterion": "movement"})
+        yield recipe({"target": target, "threshold": AMOUNTS["threshold"][0], "criterion": "soft_movement"})
     for name, values in SECTIONS.items():
         for value in values:
             yield recipe(**{name: value})

@@ -134,6 +134,18 @@ training: {learning_rte: 1e-3}
             {"prune": [{"target": "weights", "sparsity": 0.5, "criterion": {"name": "sparsegpt", "block": 1.5}}]},
             "block of criterion sparsegpt is 1.5",
         ),
+        (
+            {"prune": [{"target": "weights", "sparsity": 0.5, "criterion": "soft_movement"}]},
+            "criterion soft_movement goes with a threshold; for a share or N:M take movement",
+        ),
+        (
+            {"prune": [{"target": "weights", "pattern": "2:4", "criterion": "soft_movement"}]},
+            "criterion soft_movement goes with a threshold",
+        ),
+        (
+            {"prune": [{"target": "layers", "sparsity": 0.5, "criterion": "movement"}]},
+            "criterion movement is not defined for layers; it is for attention_heads, ffn_neurons, weights",
+        ),
         ({"distillation": {"weight": 0.5}}, "is not supported in this version"),
         ({"schedule": {"shrink": "when_final"}}, "is not supported in this version"),
         ({"schedule": {"begin": 0.7, "end": 0.2}}, "is after end"),
