@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_prune.allocation.choice import Choice
+from hf_prune.allocation.compare import cut_of, normalised
+from hf_prune.allocation.room import Allocate, Pool, Room, apportioned, bounds_of, by_scope, check_floors
+from hf_prune.allocation.sizes import check_reachable, dearest, equal_sizes, name_of_group, note_of_budget, rounded
 from hf_prune.criteria.selection import NEAR_TIE
 from hf_prune.errors import RecipeError
 from hf_prune.structure.cost import UnitCosts
@@ -30,6 +33,7 @@ def choose_units(
     costs: UnitCosts | None = None,
     loss_units: bool = False,
     allowed_sizes: Callable[[Sequence[Site]], Sequence[int]] | None = None,
+    allocate: Allocate | None = None,
 ) -> Choice:
     """Keep-masks for the sites of one step.
 
@@ -43,6 +47,7 @@ def choose_units(
         costs: of the model and its units as the step finds them, for a budget.
         loss_units: scores compare between sites as they are.
         allowed_sizes: for `uniform`: the kept sizes that the stock config can say for these sites.
+        allocate: who competes, and how much leaves; by the step's scope if None.
 
     Raises:
         RecipeError: a budget, size or unit number that can't be, or a site that would be emptied.
@@ -52,56 +57,132 @@ def choose_units(
     }
     if step.remove is not None:
         return Choice({key: ~gone for key, gone in _named_units(step, sites, eligible).items()})
-    pools = [list(sites)] if step.scope == "global" else [[site] for site in sites]
-    normalised = {
-        site.key: _normalised(scores[site.key].float(), eligible[site.key], step, loss_units) for site in sites
-    }
-    limits = {site.key: _limit(step, int(eligible[site.key].sum())) for site in sites}
     choice = Choice({})
+    counts: dict[str, int] = {}
+    there = {site.key: int(eligible[site.key].sum()) for site in sites}
+    out = {key: int(gone.sum()) for key, gone in before.items()}
+    bounds = {site.key: bounds_of(step, site, there[site.key], max(1, step.min_keep)) for site in sites}
+    room = _room(step, sites, eligible, bounds, costs)
+    check_floors(step, room, is_each_by_itself=costs is None and allocate is None and step.scope == "layer")
     if step.uniform:
-        wanted = _uniform_counts(step, sites, eligible, progress, allowed_sizes, limits, choice.notes)
-    budget, owed = 0.0, 0.0
-    if costs is not None:
-        budget = costs.total * _fraction(step.sparsity)
-        most = {site.key: _dearest(costs.per_unit[site.key][eligible[site.key]], limits[site.key]) for site in sites}
-        _check_reachable(step, sites, costs, most, budget)
-    for pool in pools:
-        ranking = _Ranking(pool, normalised, eligible, before, limits)
-        if step.uniform:
-            choice.keep |= ranking.keep_masks([wanted[site.key] for site in pool])
-            continue
-        if costs is not None:
-            # each site its share; what one saved too little or too much is made up for by the next
-            owed += progress * budget * sum(most[site.key] for site in pool) / (sum(most.values()) or 1.0)
-            counts, saved = ranking.counts_for_cost(costs, owed)
-            owed -= saved
-        else:
-            asked, most_of = progress * (step.sparsity or 0.0) * ranking.n_eligible, ranking.limits
-            if step.threshold is not None:
-                below = _n_below(step.threshold, pool, scores, eligible)
-                asked = progress * sum(below)
-                most_of = [min(limit, n) for limit, n in zip(ranking.limits, below, strict=True)]
-                if not sum(below):
-                    choice.notes.append(f"threshold {step.threshold.rule} removes nothing from {_name(pool)}")
-            counts = ranking.counts_for(round(asked), most_of)
-            if sum(counts) < round(asked):
-                choice.notes.append(
-                    f"{_name(pool)}: {round(asked)} of {ranking.n_eligible} units were to leave, {sum(counts)} could "
-                    f"(min_keep {step.min_keep}, max_sparsity {step.max_sparsity})"
-                )
-        choice.n_near_ties += ranking.n_near_ties(sum(counts))
-        counts = _rounded(step, pool, counts, eligible, limits, ranking, choice.notes)
-        choice.keep |= ranking.keep_masks(counts)
+        final = equal_sizes(step, sites, there, bounds, allowed_sizes, costs, room.total, choice.notes)
+        counts = {key: max(out[key], round(progress * n)) for key, n in final.items()}
+    pools = allocate(room) if allocate else _by_scope(step, room)
+    # on the way of a schedule the floors rise too
+    now = {key: (int(progress * least), max(most, out[key])) for key, (least, most) in bounds.items()}
+    rankings = [
+        _Ranking(
+            pool.sites,
+            {s.key: normalised(scores[s.key].float(), eligible[s.key], step, loss_units) for s in pool.sites},
+            eligible,
+            before,
+            now,
+        )
+        for pool in pools
+    ]
+    if not step.uniform:
+        chosen = _counts(step, pools, rankings, scores, eligible, costs, progress, allocate is not None, choice.notes)
+        for pool, ranking, of_pool in zip(pools, rankings, chosen, strict=True):
+            choice.n_near_ties += ranking.n_near_ties(sum(of_pool))
+            counts |= dict(zip([site.key for site in pool.sites], of_pool, strict=True))
+        # what rounding takes from a site is given to others, where they share a total
+        together = [list(sites)] if allocate or costs else [list(pool.sites) for pool in pools]
+        for group in together if step.round_to > 1 else ():
+            counts |= rounded(step, group, counts, there, now, out, room.unit, choice.notes)
+    for pool, ranking in zip(pools, rankings, strict=True):
+        choice.keep |= ranking.keep_masks([counts[site.key] for site in pool.sites])
+    if costs is not None and progress == 1:
+        saved = sum(float(costs.per_unit[key][~keep].sum()) for key, keep in choice.keep.items())
+        choice.notes += note_of_budget(step, saved, room.total, costs.total)
     return choice
+
+
+def _room(
+    step: Any,
+    sites: Sequence[Site],
+    eligible: Mapping[str, Tensor],
+    bounds: Mapping[str, tuple[int, int]],
+    costs: UnitCosts | None,
+) -> Room:
+    """What may leave, in units, or in what the budget counts."""
+    if costs is None:
+        sizes = {site.key: float(eligible[site.key].sum()) for site in sites}
+        least, most = ({key: float(pair[end]) for key, pair in bounds.items()} for end in (0, 1))
+        room = Room(sites, sizes, least, most, (step.sparsity or 0.0) * sum(sizes.values()), dict.fromkeys(sizes, 1.0))
+    else:
+        prices = {site.key: costs.per_unit[site.key][eligible[site.key]] for site in sites}
+        sizes = {key: float(price.sum()) for key, price in prices.items()}
+        least = {key: -dearest(-price, bounds[key][0]) for key, price in prices.items()}
+        most = {key: dearest(price, bounds[key][1]) for key, price in prices.items()}
+        fraction = step.sparsity.parameters if hasattr(step.sparsity, "parameters") else step.sparsity.macs
+        unit = {key: float(price.mean()) if len(price) else 0.0 for key, price in prices.items()}
+        room = Room(sites, sizes, least, most, costs.total * fraction, unit)
+        check_reachable(step, room, costs)
+    return room
+
+
+def _by_scope(step: Any, room: Room) -> list[Pool]:
+    if step.scope == "layer" and not isinstance(step.sparsity, float | None):
+        # of a budget, each site the same share of what it can save
+        whole = sum(room.most.values()) or 1.0
+        return [Pool((site,), room.total * room.most[site.key] / whole) for site in room.sites]
+    return by_scope(room, step.scope)
+
+
+def _counts(
+    step: Any,
+    pools: Sequence[Pool],
+    rankings: Sequence[_Ranking],
+    scores: Mapping[str, Tensor],
+    eligible: Mapping[str, Tensor],
+    costs: UnitCosts | None,
+    progress: float,
+    is_allocated: bool,
+    notes: list[str],
+) -> list[list[int]]:
+    """How many units leave each site of each pool."""
+    if costs is not None:
+        counts, owed = [], 0.0
+        for pool, ranking in zip(pools, rankings, strict=True):
+            # what one pool saved too little or too much is made up for by the next
+            owed += progress * pool.amount
+            of_pool, saved = ranking.counts_for_cost(costs, owed)
+            owed -= saved
+            counts.append(of_pool)
+        return counts
+    most = [ranking.most for ranking in rankings]
+    asked = [progress * (step.sparsity or 0.0) * ranking.n_eligible for ranking in rankings]
+    if step.threshold is not None:
+        for number, (pool, ranking) in enumerate(zip(pools, rankings, strict=True)):
+            below = _n_below(step.threshold, pool.sites, scores, eligible)
+            asked[number] = progress * sum(below)
+            most[number] = [min(limit, n) for limit, n in zip(ranking.most, below, strict=True)]
+            if not sum(below):
+                notes.append(f"threshold {step.threshold.rule} removes nothing from {name_of_group(pool.sites)}")
+    whole = [round(each) for each in asked]
+    if is_allocated:
+        asked = [progress * pool.amount for pool in pools]
+        whole = apportioned(asked, [sum(r.least) for r in rankings], [sum(r.most) for r in rankings])
+    counts = [ranking.counts_for(n, limits) for ranking, n, limits in zip(rankings, whole, most, strict=True)]
+    for pool, ranking, n, of_pool in zip(pools, rankings, whole, counts, strict=True):
+        if sum(of_pool) < n:
+            notes.append(
+                f"{name_of_group(pool.sites)}: {n} of {ranking.n_eligible} units were to leave, {sum(of_pool)} could "
+                f"(min_keep {step.min_keep}, max_sparsity {step.max_sparsity})"
+            )
+    return counts
 
 
 class _Ranking:
     """The units of one pool from the first to leave to the last: those already out, then by score, then by place."""
 
-    def __init__(self, pool: Sequence[Site], scores: Masks, eligible: Mapping, before: Masks, limits: Mapping):
+    def __init__(
+        self, pool: Sequence[Site], scores: Masks, eligible: Mapping, before: Masks, bounds: Mapping[str, tuple]
+    ):
         self.pool = pool
-        self.limits = [limits[site.key] for site in pool]
         self.before = [int(before[site.key].sum()) for site in pool]
+        self.least = [max(gone, bounds[site.key][0]) for site, gone in zip(pool, self.before, strict=True)]
+        self.most = [bounds[site.key][1] for site in pool]
         owners, units, values, out = [], [], [], []
         for number, site in enumerate(pool):
             there = torch.nonzero(eligible[site.key]).reshape(-1)
@@ -116,28 +197,48 @@ class _Ranking:
 
     def counts_for(self, n_removed: int, limits: Sequence[int]) -> list[int]:
         """How many leave each site if `n_removed` of the pool do, none more than its limit."""
-        n_removed = max(n_removed, sum(self.before))
-        counts = [0] * len(self.pool)
-        for owner in self.owner:
-            if n_removed == 0:
+        counts = [*self.least]
+        left = n_removed - sum(counts)
+        for owner, _ in self._others():
+            if left <= 0:
                 break
             if counts[owner] < max(limits[owner], self.before[owner]):
                 counts[owner] += 1
-                n_removed -= 1
+                left -= 1
         return counts
 
     def counts_for_cost(self, costs: UnitCosts, budget: float) -> tuple[list[int], float]:
         """As few as save `budget`, or one fewer if that is nearer; and what they save."""
-        counts, saved = [0] * len(self.pool), 0.0
-        for owner, unit in zip(self.owner, self.unit, strict=True):
-            if counts[owner] >= max(self.limits[owner], self.before[owner]):
+        counts = [*self.least]
+        saved = sum(self._price(costs, owner, unit) for owner, unit in self._forced())
+        for owner, unit in self._others():
+            if counts[owner] >= self.most[owner]:
                 continue
-            price = float(costs.per_unit[self.pool[owner].key][unit])
-            if counts[owner] >= self.before[owner] and saved + price / 2 > budget:
+            price = self._price(costs, owner, unit)
+            if saved + price / 2 > budget:
                 break
             counts[owner] += 1
             saved += price
         return counts, saved
+
+    def _forced(self) -> Iterator[tuple[int, int]]:
+        """(site, unit) of those that leave in any case: each site's floor."""
+        left = [*self.least]
+        for owner, unit in zip(self.owner, self.unit, strict=True):
+            if left[owner]:
+                left[owner] -= 1
+                yield owner, unit
+
+    def _others(self) -> Iterator[tuple[int, int]]:
+        left = [*self.least]
+        for owner, unit in zip(self.owner, self.unit, strict=True):
+            if left[owner]:
+                left[owner] -= 1
+            else:
+                yield owner, unit
+
+    def _price(self, costs: UnitCosts, owner: int, unit: int) -> float:
+        return float(costs.per_unit[self.pool[owner].key][unit])
 
     def keep_masks(self, counts: Sequence[int]) -> Masks:
         """Of each site the `counts` first to leave."""
@@ -157,47 +258,6 @@ class _Ranking:
         return int(((self.value[n_removed:] - cut).abs() <= NEAR_TIE * cut.abs()).sum())
 
 
-def _limit(step: Any, n_eligible: int) -> int:
-    """How many units of a site may leave at most; never all."""
-    by_keep = n_eligible - max(1, step.min_keep)
-    return max(0, min(by_keep, int(step.max_sparsity * n_eligible + 1e-9)))
-
-
-def _normalised(scores: Tensor, eligible: Tensor, step: Any, loss_units: bool) -> Tensor:
-    how = ("none" if loss_units else "mean") if step.normalize == "auto" else step.normalize
-    # a threshold is on raw scores: what lies below it is what has to leave
-    if how == "none" or step.threshold is not None or not eligible.any():
-        return scores
-    there = scores[eligible].double()
-    scale = there.mean() if how == "mean" else there.max()
-    return (scores.double() / scale).float() if scale > 0 else scores
-
-
-def _fraction(budget: Any) -> float:
-    return budget.parameters if hasattr(budget, "parameters") else budget.macs
-
-
-def _kind(budget: Any) -> str:
-    return "parameters" if hasattr(budget, "parameters") else "MACs"
-
-
-def _dearest(prices: Tensor, n: int) -> float:
-    """What the `n` units that save most would save."""
-    return float(prices.sort(descending=True).values[:n].sum())
-
-
-def _check_reachable(
-    step: Any, sites: Sequence[Site], costs: UnitCosts, most: Mapping[str, float], budget: float
-) -> None:
-    unit = max(float(costs.per_unit[site.key].max()) for site in sites)
-    if budget > sum(most.values()) + unit / 2:
-        raise RecipeError(
-            f"{step.target} can save at most {sum(most.values()) / costs.total:.1%} of the {costs.total:,.0f} "
-            f"{_kind(step.sparsity)} that are there, but {budget / costs.total:.1%} is asked for; lower it, or let another "
-            "target leave too"
-        )
-
-
 def _n_below(
     threshold: Any, pool: Sequence[Site], scores: Mapping[str, Tensor], eligible: Mapping[str, Tensor]
 ) -> list[int]:
@@ -205,90 +265,6 @@ def _n_below(
     values = [scores[site.key].float()[eligible[site.key]] for site in pool]
     cut = cut_of(threshold, torch.cat(values))
     return [int((of_site < cut).sum()) for of_site in values]
-
-
-def cut_of(threshold: Any, values: Tensor) -> Tensor | float:
-    """The score below which things leave; `values` are all that the rule looks at together."""
-    if threshold.rule == "absolute":
-        return threshold.value
-    if threshold.rule == "relative_to_max":
-        return threshold.value * values.max()
-    return values.mean() - threshold.value * values.std(correction=0)
-
-
-def _rounded(
-    step: Any,
-    pool: Sequence[Site],
-    counts: list[int],
-    eligible: Mapping[str, Tensor],
-    limits: Mapping[str, int],
-    ranking: _Ranking,
-    notes: list[str],
-) -> list[int]:
-    """Kept sizes to multiples of `round_to`, or whole; the pool's total as near to what it was as that allows."""
-    if step.round_to == 1:
-        return counts
-    options = []
-    for number, site in enumerate(pool):
-        there = int(eligible[site.key].sum())
-        sizes = [kept for kept in range(step.round_to, there + 1, step.round_to) if there - kept <= limits[site.key]]
-        choices = {there - kept for kept in sizes if there - kept >= ranking.before[number]} | (
-            {0} if not ranking.before[number] else set()
-        )
-        if not sizes:
-            notes.append(
-                f"{site.name}: no multiple of round_to {step.round_to} lies within its {there} units and limits"
-            )
-        options.append(sorted(choices) or [counts[number]])
-    error, rounded = 0, []
-    for allowed, count in zip(options, counts, strict=True):
-        # what rounding took from the sites before is given to this one
-        best = min(allowed, key=lambda removed: (abs(removed - count - error), removed))
-        error += count - best
-        rounded.append(best)
-    return rounded
-
-
-def _uniform_counts(
-    step: Any,
-    sites: Sequence[Site],
-    eligible: Mapping[str, Tensor],
-    progress: float,
-    allowed_sizes: Callable[[Sequence[Site]], Sequence[int]] | None,
-    limits: Mapping[str, int],
-    notes: list[str],
-) -> dict[str, int]:
-    """How many units leave each site so that all of a size keep equally many."""
-    if not isinstance(step.sparsity, float):
-        raise RecipeError("uniform goes with a plain sparsity; drop the budget, threshold or list of units")
-    wanted: dict[str, int] = {}
-    by_size: dict[int, list[Site]] = {}
-    for site in sites:
-        by_size.setdefault(site.n_units, []).append(site)
-    for n_units, group in by_size.items():
-        there = {site.key: int(eligible[site.key].sum()) for site in group}
-        least = max(n - limits[key] for key, n in there.items())
-        sizes = range(1, n_units + 1) if allowed_sizes is None else allowed_sizes(group)
-        fitting = [
-            size
-            for size in sizes
-            if least <= size <= min(there.values()) and (size % step.round_to == 0 or size == n_units)
-        ]
-        final = sum(there.values()) / len(group) * (1 - step.sparsity)
-        if not fitting or (min(fitting) == max(there.values()) and step.sparsity > 0):
-            narrowed = f" (round_to {step.round_to}, min_keep {step.min_keep} and max_sparsity {step.max_sparsity} leave {fitting})"
-            raise RecipeError(
-                f"the stock config can't say a smaller equal size for {_name(group)} of {n_units} units; it allows "
-                f"{list(sizes)}{narrowed if fitting != list(sizes) else ''}. Drop `uniform`: the checkpoint then loads "
-                "with hf_prune or trust_remote_code"
-            )
-        kept = min(fitting, key=lambda size: (abs(size - final), -size))
-        if abs(kept - final) > 0.5:
-            notes.append(
-                f"{_name(group)}: {final:g} of {n_units} units were to stay; the nearest size allowed is {kept}"
-            )
-        wanted |= {key: round(progress * (n - kept)) for key, n in there.items()}
-    return wanted
 
 
 def _named_units(step: Any, sites: Sequence[Site], eligible: Mapping[str, Tensor]) -> Masks:
@@ -302,10 +278,10 @@ def _named_units(step: Any, sites: Sequence[Site], eligible: Mapping[str, Tensor
         if isinstance(step.remove, list) and len(matching) > 1:
             raise RecipeError(f"the model has {len(matching)} stacks; say of which: {{{matching[0].name}: {units}}}")
         for site in matching:
-            wrong = [unit for unit in units if not 0 <= unit < site.n_units]
+            wrong = [unit for unit in units if unit not in site.numbers]
             if wrong:
-                raise RecipeError(f"remove names {wrong} of {site.name}, which has units 0 to {site.n_units - 1}")
-            gone[site.key][units] = True
+                raise RecipeError(f"remove names {wrong} of {site.name}, which has {_range(site.numbers)}")
+            gone[site.key][[site.numbers.index(unit) for unit in units]] = True
             if not (eligible[site.key] & ~gone[site.key]).any():
                 raise RecipeError(f"remove would leave {site.name} with none of its {site.n_units} units; keep one")
     return gone
@@ -313,3 +289,10 @@ def _named_units(step: Any, sites: Sequence[Site], eligible: Mapping[str, Tensor
 
 def _name(pool: Sequence[Site]) -> str:
     return pool[0].name if len(pool) == 1 else f"{len(pool)} {pool[0].target} sites"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    """What the units of a site may be called."""
+    ends = numbers[0], numbers[-1]
+    whole = len(numbers) == ends[1] - ends[0] + 1
+    return f"units {ends[0]} to {ends[1]}" if whole else f"units {', '.join(map(str, numbers))}"

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_prune.allocation.choice import Choice
-from hf_prune.allocation.units import cut_of
+from hf_prune.allocation.compare import cut_of, normalised
+from hf_prune.allocation.room import Allocate, Room, apportioned, bounds_of, by_scope, check_floors, share_for
 from hf_prune.criteria.selection import lowest
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import WeightSite
@@ -28,6 +29,8 @@ def choose_weights(
     *,
     progress: float,
     present: Mapping[str, Tensor] | None = None,
+    as_they_are: bool = True,
+    allocate: Allocate | None = None,
 ) -> Choice:
     """Keep-masks by parameter name, of the weights' shapes.
 
@@ -39,6 +42,8 @@ def choose_weights(
         removed_before: by name, entries that an earlier update of this step removed; they stay out.
         progress: the part of the final sparsity to reach now, in (0, 1].
         present: by name, False for the rows and columns of removed units and for dropped layers; all there if None.
+        as_they_are: scores compare between matrices without normalising.
+        allocate: who competes, and how much leaves; by the step's scope if None.
 
     Raises:
         RecipeError: a size that N:M or the block does not divide, by name.
@@ -47,18 +52,84 @@ def choose_weights(
     seen = {}
     for site in sites:
         there = eligible[site.name] if present is None else present[site.name]
-        seen[site.name] = _Seen(site, step.pattern, there)
+        seen[site.key] = _Seen(site, step.pattern, there)
         gone = removed_before.get(site.name)
         notes = choice.notes if progress < 1 or gone is not None else None
-        seen[site.name].look(scores[site.name], eligible[site.name], gone, notes)
-    pools = [list(seen.values())] if step.scope == "global" else [[each] for each in seen.values()]
-    for pool in pools:
+        score = scores[site.name]
+        if step.scope == "global":
+            score = normalised(score, eligible[site.name], step, as_they_are)
+        seen[site.key].look(score, eligible[site.name], gone, notes)
+        seen[site.key].bound(step, progress)
+    room = _room(step, sites, {key: each.n_present for key, each in seen.items()}, allocate is not None)
+    pools = allocate(room) if allocate else by_scope(room, "global" if step.scope == "global" else "layer")
+    members = [[seen[site.key] for site in pool.sites] for pool in pools]
+    if allocate:
+        whole = apportioned(
+            [progress * pool.amount for pool in pools],
+            [sum(max(each.least, each.n_gone) for each in pool) for pool in members],
+            [sum(max(each.limit, each.n_gone) for each in pool) for pool in members],
+        )
+    else:
+        whole = [round(progress * _share(step) * sum(each.n_present for each in pool)) for pool in members]
+    for pool, each, n in zip(pools, members, whole, strict=True):
         if step.scope == "output":
-            _choose_rows(step, pool[0], progress, choice)
+            share = pool.amount / (each[0].n_present or 1) if allocate else _share(step)
+            _choose_rows(step, each[0], share, progress, choice)
         else:
-            _choose(step, pool, progress, choice)
-    choice.keep = {name: each.keep() for name, each in seen.items()}
+            _choose(step, each, n, progress, choice)
+    choice.keep = {each.site.name: each.keep() for each in seen.values()}
     return choice
+
+
+def count_weights(
+    step: Any,
+    sites: Sequence[WeightSite],
+    eligible: Mapping[str, Tensor],
+    removed_before: Mapping[str, Tensor],
+    *,
+    progress: float,
+    allocate: Allocate | None = None,
+) -> dict[str, int]:
+    """By parameter name, how many entries are to be out by then, for a method that chooses which by itself.
+
+    Raises:
+        RecipeError: floors or shares that can't be.
+    """
+    there = {site.key: int(eligible[site.name].sum()) for site in sites}
+    room = _room(step, sites, there, allocate is not None)
+    pools = allocate(room) if allocate else by_scope(room, "layer")
+    out = {
+        site.key: int((removed_before[site.name] & eligible[site.name]).sum()) if site.name in removed_before else 0
+        for site in sites
+    }
+    of = [pool.sites[0] for pool in pools]
+    most = [max(out[site.key], int(room.most[site.key])) for site in of]
+    if allocate:
+        counts = apportioned([progress * pool.amount for pool in pools], [out[site.key] for site in of], most)
+    else:
+        counts = [round(progress * _share(step) * there[site.key]) for site in of]
+    return {site.name: min(n, limit) for site, n, limit in zip(of, counts, most, strict=True)}
+
+
+def _room(step: Any, sites: Sequence[WeightSite], there: Mapping[str, int], is_allocated: bool) -> Room:
+    """What may leave, in entries or in what leaves together."""
+    sizes = {key: float(n) for key, n in there.items()}
+    bounds = {site.key: _bounds(step, site, there[site.key]) for site in sites}
+    least, most = ({key: float(pair[end]) for key, pair in bounds.items()} for end in (0, 1))
+    room = Room(sites, sizes, least, most, _share(step) * sum(sizes.values()), dict.fromkeys(sizes, 1.0))
+    if step.pattern.kind != "n_m":
+        check_floors(step, room, is_each_by_itself=not is_allocated and step.scope != "global")
+    return room
+
+
+def _share(step: Any) -> float:
+    """Of what leaves together, how much; of N:M all groups."""
+    return 1.0 if step.pattern.kind == "n_m" else step.sparsity or 0.0
+
+
+def _bounds(step: Any, site: WeightSite, n_there: int) -> tuple[int, int]:
+    """How many of what leaves together have to, and may: no weight is emptied. An N:M group keeps its N."""
+    return (0, n_there) if step.pattern.kind == "n_m" else bounds_of(step, site, n_there)
 
 
 class _Seen:
@@ -99,11 +170,16 @@ class _Seen:
         self.gone = (out | ~self.members).all(-1) & self.present
         self.removed = torch.zeros_like(self.present)
 
-    @property
-    def limit(self) -> int:
-        """How many groups may leave: no weight is emptied. An N:M group keeps its N."""
-        n_present = int(self.present.sum())
-        return n_present if self.pattern.kind == "n_m" else max(0, n_present - 1)
+        self.n_present, self.n_gone = int(self.present.sum()), int(self.gone.sum())
+
+    def bound(self, step: Any, progress: float) -> None:
+        """How many have to leave by now, and may at most."""
+        least, self.limit = _bounds(step, self.site, self.n_present)
+        self.ceiling = share_for(step.max_sparsity, self.site, 1.0)
+        self.least = int(progress * least)  # on the way of a schedule the floor rises too
+        if step.scope == "global" and self.least > self.n_gone:  # the lowest of them leave in any case
+            self.gone = _lowest_of(self, self.least)
+            self.n_gone = int(self.gone.sum())
 
     def keep(self) -> Tensor:
         """The keep-mask in the weight's own shape."""
@@ -146,10 +222,11 @@ class _Seen:
         return tensor.transpose(1, 2).reshape(rows, columns, height * width)
 
 
-def _choose(step: Any, pool: Sequence[_Seen], progress: float, choice: Choice) -> None:
+def _choose(step: Any, pool: Sequence[_Seen], n_asked: int, progress: float, choice: Choice) -> None:
+    """The lowest of a pool: so many, or those below a threshold."""
     score = torch.cat([each.score.reshape(-1) for each in pool])
     present = torch.cat([each.present.reshape(-1) for each in pool])
-    asked = _asked(step, score, present, progress)
+    asked = n_asked if step.threshold is None else _n_below(step, score, present, progress)
     if step.threshold is not None and not asked:
         choice.notes.append(f"threshold {step.threshold.rule} removes nothing from {_name(pool)}")
     left, wanted = list(pool), asked
@@ -161,7 +238,7 @@ def _choose(step: Any, pool: Sequence[_Seen], progress: float, choice: Choice) -
         parts = removed.split([each.removed.numel() for each in left])
         for each, part in zip(left, parts, strict=True):
             each.removed = part.reshape(each.removed.shape)
-        full = [each for each in left if int(each.removed.sum()) > max(each.limit, int(each.gone.sum()))]
+        full = [each for each in left if int(each.removed.sum()) > max(each.limit, each.n_gone)]
         if not full:
             choice.n_near_ties += near
             break
@@ -171,34 +248,36 @@ def _choose(step: Any, pool: Sequence[_Seen], progress: float, choice: Choice) -
         left = [each for each in left if each not in full]
     achieved = sum(int(each.removed.sum()) for each in pool)
     if achieved < asked:
-        choice.notes.append(f"{_name(pool)}: {asked} were to leave, {achieved} could; each weight keeps at least one")
+        choice.notes.append(f"{_name(pool)}: {asked} were to leave, {achieved} could ({_limits(step)})")
 
 
-def _choose_rows(step: Any, each: _Seen, progress: float, choice: Choice) -> None:
+def _choose_rows(step: Any, each: _Seen, share: float, progress: float, choice: Choice) -> None:
     """Each output by itself."""
     for row in range(each.score.shape[0]):
         score, present = each.score[row], each.present[row]
-        asked = _asked(step, score, present, progress)
+        if step.threshold is not None:
+            asked = _n_below(step, score, present, progress)
+        else:
+            asked = round(progress * min(share, each.ceiling) * int(present.sum()))
         each.removed[row], near = lowest(score, present, each.gone[row], asked)
         choice.n_near_ties += near
     if step.threshold is not None and not each.removed.any():
         choice.notes.append(f"threshold {step.threshold.rule} removes nothing from {each.site.name}")
-    if int(each.removed.sum()) > max(each.limit, int(each.gone.sum())):
+    if share > each.ceiling:
+        choice.notes.append(f"{each.site.name}: {share:.4g} were to leave each output, {each.ceiling:g} could")
+    if int(each.removed.sum()) > max(each.limit, each.n_gone):
         each.removed = _lowest_of(each, each.limit)
-        choice.notes.append(f"{each.site.name}: all were to leave; it keeps one")
+        choice.notes.append(f"{each.site.name}: more were to leave than could ({_limits(step)})")
 
 
-def _asked(step: Any, score: Tensor, present: Tensor, progress: float) -> int:
-    """How many groups are to leave now; halves to even."""
-    n_present = int(present.sum())
-    if not n_present:
-        return 0
-    if step.pattern.kind == "n_m":
-        return round(progress * n_present)
-    if step.threshold is not None:
-        values = score[present]
-        return round(progress * int((values < cut_of(step.threshold, values)).sum()))
-    return round(progress * step.sparsity * n_present)
+def _n_below(step: Any, score: Tensor, present: Tensor, progress: float) -> int:
+    """How many of what is there lie below the threshold, ramped."""
+    values = score[present]
+    return round(progress * int((values < cut_of(step.threshold, values)).sum())) if len(values) else 0
+
+
+def _limits(step: Any) -> str:
+    return f"each weight keeps at least one, max_sparsity {step.max_sparsity}"
 
 
 def _lowest_of(each: _Seen, n_removed: int) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.allocation import choose_units, choose_weights, select_sites
+from hf_prune.allocation import choose_units, choose_weights, count_weights, select_sites
+from hf_prune.allocation import get as get_allocation
+from hf_prune.allocation.room import Allocate, Look
 from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.present import dropped_modules, is_inside, present_entries, units_there
 from hf_prune.calibration import collect
@@ -23,6 +25,7 @@ from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.planning.sparsify import sparsify
 from hf_prune.recipe import Recipe
+from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import ModelStructure, Site, WeightSite, require_sites
 from hf_prune.structure.cost import UnitCosts, mac_costs, parameter_costs
 from hf_prune.structure.inputs import example_inputs
@@ -75,6 +78,8 @@ class StepPlanner:
         self.left = kept & earlier  # and by all steps at the update before
         self.movement = movement  # that training gathered, by site key
         self.criterion = criterion_of(step, recipe.seed)
+        self.allocation = get_allocation(step)
+        self.looked: tuple[nn.Module, Statistics] | None = None
 
     @property
     def updates_weights(self) -> bool:
@@ -92,7 +97,18 @@ class StepPlanner:
             if isinstance(self.criterion, PrunesMatrices):
                 return before & self._sparsify(self.criterion, weights, eligible, gone, progress, plan)
             scores = self._scores(weights)
-            chosen = choose_weights(self.step, weights, scores, eligible, gone, progress=progress, present=present)
+            chosen = choose_weights(
+                self.step,
+                weights,
+                scores,
+                eligible,
+                gone,
+                progress=progress,
+                present=present,
+                as_they_are=bool(self.criterion and self.criterion.loss_units)
+                or CRITERIA[self.step.criterion.name].same_unit,
+                allocate=self._allocate(weights, eligible),
+            )
             keep = KeepMasks(weights=chosen.keep)
         else:
             require_sites(self.structure, self.step.target, self.step.part)
@@ -115,6 +131,7 @@ class StepPlanner:
                 costs=self._costs(),
                 loss_units=bool(self.criterion and self.criterion.loss_units),
                 allowed_sizes=(lambda group: allowed_sizes(self.model, group, leaving)) if self.step.uniform else None,
+                allocate=self._allocate(sites, eligible),
             )
             if isinstance(self.criterion, RanksUnits):
                 # how many leave each site doesn't depend on scores here; which, it measures with that many in mind
@@ -138,14 +155,7 @@ class StepPlanner:
     def _scores(self, sites: Sequence[Site | WeightSite]) -> dict[str, Tensor]:
         if self.criterion is None:
             return {}
-        needs = self.criterion.needs(self.step.target)
-        of_data = needs - NEEDS_OF_TRAINING
-        model, statistics = self.model, Statistics()
-        if of_data:
-            model = self._as_left()
-            statistics = collect(model, self._require_batches(), of_data, sites, seed=self.recipe.seed)
-        if needs & NEEDS_OF_TRAINING:
-            statistics.movement = self._require_movement(sites)
+        model, statistics = self._look(sites)
         scores = {}
         for site in sites:
             if isinstance(site, WeightSite):
@@ -154,8 +164,34 @@ class StepPlanner:
                 scores[site.key] = self.criterion.score_units(model, site, statistics)
         return scores
 
+    def _allocate(self, sites: Sequence[Site | WeightSite], eligible: Mapping[str, Tensor]) -> Allocate | None:
+        if self.allocation is None:
+            return None
+        model, statistics = self._look(sites)
+        return partial(self.allocation.pools, look=Look(model, self.structure, eligible, statistics))
+
+    def _look(self, sites: Sequence[Site | WeightSite]) -> tuple[nn.Module, Statistics]:
+        """The model that criterion and allocation look at, and all that they need to know of it, from one pass."""
+        if self.looked is not None:
+            return self.looked
+        needs = frozenset().union(*(each.needs(self.step.target) for each in (self.criterion, self.allocation) if each))
+        of_data = needs - NEEDS_OF_TRAINING
+        model, statistics = self.model, Statistics()
+        if of_data:
+            model = self._as_left()
+            statistics = collect(model, self._require_batches(), of_data, sites, seed=self.recipe.seed)
+        if needs & NEEDS_OF_TRAINING:
+            statistics.movement = self._require_movement(sites)
+        self.looked = model, statistics
+        return self.looked
+
     def _require_batches(self) -> list[Mapping[str, Any]]:
         if not self.batches:
+            if self.allocation is not None and self.allocation.needs(self.step.target):
+                raise CalibrationError(
+                    f"allocation {self.step.allocation.name!r} looks at data; pass `calibration`, an iterable of the "
+                    "keyword inputs that the model takes"
+                )
             raise CalibrationError(
                 f"criterion {self.step.criterion.name!r} scores {self.step.target} by data; pass `calibration`, an "
                 "iterable of the keyword inputs that the model takes (with labels where it needs a loss)"
@@ -203,6 +239,8 @@ class StepPlanner:
                 f"criterion {self.step.criterion.name} prunes N:M at once: use schedule one_shot, or another criterion"
             )
         left = {name: mask & ~gone[name] if name in gone else mask for name, mask in eligible.items()}
+        allocate = self._allocate(sites, eligible)
+        out = count_weights(self.step, sites, eligible, gone, progress=progress, allocate=allocate)
 
         def prune(site: WeightSite, matrix: Tensor, gram: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
             rows, columns = (torch.nonzero(there.any(dim)).reshape(-1) for dim in (1, 0))
@@ -214,7 +252,7 @@ class StepPlanner:
             n_left = int(there.sum())
             if n_left:
                 n_eligible = int(eligible[site.name].sum())
-                n_leaving = 0 if group else round(progress * self.step.sparsity * n_eligible) - (n_eligible - n_left)
+                n_leaving = 0 if group else out[site.name] - (n_eligible - n_left)
                 inner = (rows[:, None], columns)
                 keep[inner], values[inner], n_near_ties = criterion.prune(
                     matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from hf_prune.recipe.vocabulary import COMPENSATIONS, CRITERIA, LATER_CRITERIA
+from hf_prune.recipe.vocabulary import ALLOCATIONS, COMPENSATIONS, CRITERIA, LATER_CRITERIA
 from hf_prune.recipe.words import NOT_YET, nearest, shown
 
 
@@ -18,6 +18,7 @@ _OPTION_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "integer": (int, "a whole number"),
     "number": ((int, float), "a number"),
     "boolean": (bool, "true or false"),
+    "string": (str, "text"),
 }
 
 
@@ -44,6 +45,14 @@ class Criterion(Section):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Allocation(Section):
+    """How much leaves where: by an allocation's name and options, or by `shares`, glob by glob."""
+
+    name: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    shares: dict[str, float] = Field(default_factory=dict)
 
 
 class Compensation(Section):
@@ -112,6 +121,56 @@ def parse_criterion(value: Any) -> Any:
     return Criterion(name=name, options=_options(f"criterion {name}", options, CRITERIA[name].options))
 
 
+def parse_allocation(value: Any) -> Any:
+    if value is None or isinstance(value, Allocation):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError("expected an allocation's name, {name: …, option: …}, or {module glob: fraction}")
+    if not isinstance(value.get("name"), str):
+        return Allocation(shares=_by_glob(value, 0, "expected a fraction from 0 to below 1"))
+    name, options = value["name"], {key: option for key, option in value.items() if key != "name"}
+    if name not in ALLOCATIONS:
+        raise ValueError(
+            f"unknown allocation {shown(name)}; known: {', '.join(ALLOCATIONS)}, or {{module glob: fraction}}"
+            f"{nearest(name, ALLOCATIONS)}"
+        )
+    entry = ALLOCATIONS[name]
+    found = _options(f"allocation {name}", options, entry.options)
+    if missing := sorted(entry.required - found.keys()):
+        raise ValueError(f"allocation {name} needs its option {', '.join(missing)}: {{name: {name}, {missing[0]}: …}}")
+    return Allocation(name=name, options=found)
+
+
+def parse_floor(value: Any) -> Any:
+    return _limit(value, 0, "expected a fraction from 0 to below 1")
+
+
+def parse_ceiling(value: Any) -> Any:
+    return _limit(value, 1, "expected a fraction above 0, to 1")
+
+
+def _limit(value: Any, end: int, said: str) -> Any:
+    if isinstance(value, Mapping) and value:
+        return _by_glob(value, end, said)
+    if not _is_share(value, end):
+        raise ValueError(f"{said}, or {{module glob: fraction}}")
+    return float(value)
+
+
+def _by_glob(value: Mapping[Any, Any], end: int, said: str) -> dict[str, float]:
+    wrong = [key for key, share in value.items() if not isinstance(key, str) or not _is_share(share, end)]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: {said}")
+    return {pattern: float(share) for pattern, share in value.items()}
+
+
+def _is_share(value: Any, end: int) -> bool:
+    """In [0, 1], of whose ends only `end` itself is in."""
+    return is_number(value) and (0 < value < 1 or value == end)
+
+
 def parse_compensation(value: Any) -> Any:
     if isinstance(value, Compensation):
         return value
@@ -178,12 +237,20 @@ def _is_units(value: Any) -> bool:
 
 N_M = r"([1-9][0-9]{0,5}):([1-9][0-9]{0,5})"
 _FRACTION = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_FROM_0 = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+_BY_GLOB = {"type": "object", "minProperties": 1}
 _NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 
 def _one_of(parse: Any, *ways: dict[str, Any]) -> Any:
     """A field that `parse` reads and JSON Schema describes as any of `ways`, or null."""
     return Annotated[Any, BeforeValidator(parse), WithJsonSchema({"anyOf": [*ways, {"type": "null"}]})]
+
+
+def _number_or(parse: Any, number: dict[str, Any]) -> Any:
+    """A field that is a number, or numbers by glob."""
+    ways = [number, _BY_GLOB | {"additionalProperties": number}]
+    return Annotated[Any, BeforeValidator(parse), WithJsonSchema({"anyOf": ways})]
 
 
 def _section(properties: dict[str, Any], *required: str) -> dict[str, Any]:
@@ -210,11 +277,27 @@ Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 VersionField = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})]
 SparsityField = _one_of(
     parse_sparsity,
-    {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+    _FROM_0,
     _section({"parameters": _FRACTION}, "parameters"),
     _section({"macs": _FRACTION}, "macs"),
 )
 CriterionField = _one_of(parse_criterion, *_named_ways({name: entry.options for name, entry in CRITERIA.items()}))
+AllocationField = _one_of(
+    parse_allocation,
+    *_named_ways({name: entry.options for name, entry in ALLOCATIONS.items() if not entry.required}),
+    *(
+        _section(
+            {"name": {"const": name}} | {option: {"type": kind} for option, kind in entry.options.items()},
+            "name",
+            *sorted(entry.required),
+        )
+        for name, entry in ALLOCATIONS.items()
+        if entry.required
+    ),
+    _BY_GLOB | {"additionalProperties": _FROM_0},
+)
+FloorField = _number_or(parse_floor, _FROM_0)
+CeilingField = _number_or(parse_ceiling, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
 CompensationField = Annotated[
     Any,
     BeforeValidator(parse_compensation),

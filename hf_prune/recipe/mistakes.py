@@ -16,10 +16,7 @@ from hf_prune.recipe.yaml import KeyPath, Mistake
 
 # What the language knows and this version does not: (last key, value or None for any).
 LATER: tuple[tuple[str, Any], ...] = (
-    ("allocation", None),
     ("distillation", None),
-    ("part", "attention"),
-    ("part", "feed_forward"),
     ("shrink", "when_final"),
 )
 # Pydantic's kinds of mistakes in our words; braces are filled from its context

@@ -10,22 +10,25 @@ from typing import Any
 
 from hf_prune.recipe.fields import (
     N_M,
+    Allocation,
     Criterion,
     MacBudget,
     ParameterBudget,
     Pattern,
-    is_number,
+    parse_allocation,
     parse_compensation,
     parse_criterion,
     parse_pattern,
     parse_sparsity,
 )
-from hf_prune.recipe.vocabulary import COMPENSATIONS, CRITERIA, EVERY_TARGET
+from hf_prune.recipe.vocabulary import ALLOCATIONS, COMPENSATIONS, CRITERIA, EVERY_TARGET
 
 
 AMOUNTS = ("sparsity", "threshold", "remove")
 # keys that mean nothing for single weights, with their defaults
-OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1, "max_sparsity": 1.0, "normalize": "auto"}
+OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1}
+# limits of a site, with the defaults that say nothing
+LIMITS: dict[str, Any] = {"min_sparsity": 0, "max_sparsity": 1}
 _WHY_NOT: dict[type, str] = {
     MacBudget: "{macs: …} is for layers, heads and neurons: zeros in a dense weight save no operation",
     ParameterBudget: "{parameters: …} is for layers, heads and neurons: zeros stay in the tensor; give a plain fraction",
@@ -66,8 +69,15 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "uniform", "uniform is for heads and neurons; layers are of one size already"
         if scope == "global":
             yield "uniform", "uniform asks for equal sites and scope global lets them differ; drop one"
-        if given and not (given == ["sparsity"] and (is_number(sparsity) or sparsity is None)):
-            yield "uniform", f"uniform goes with a plain sparsity such as 0.5, not with {', '.join(given)}"
+        if given and given != ["sparsity"]:
+            yield "uniform", f"uniform goes with a sparsity, not with {', '.join(given)}"
+        if step.get("allocation") is not None:
+            yield "uniform", "uniform asks for equal sites and an allocation lets them differ; drop one"
+    said = "N:M says for each group of weights" if is_n_m else f"{' and '.join(given)} says"
+    for key, default in LIMITS.items():
+        if step.get(key, default) != default and (is_n_m or (key == "min_sparsity" and given != ["sparsity"])):
+            yield key, f"{key} goes with a sparsity; {said} what leaves; drop one"
+    yield from _allocation_mistakes(step, given, is_n_m)
     if isinstance(criterion, Criterion) and isinstance(target, str):
         entry = CRITERIA[criterion.name]
         if target in EVERY_TARGET - entry.targets:
@@ -113,15 +123,38 @@ def _parsed(parse: Callable[[Any], Any], value: Any) -> Any:
 
 def step_schema() -> dict[str, Any]:
     """The same rules in JSON Schema."""
+def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool) -> Iterator[tuple[str, str]]:
+    allocation, target, scope = (
+        _parsed(parse_allocation, step.get("allocation")),
+        step.get("target"),
+        step.get("scope"),
+    )
+    if allocation is None:
+        return
+    if is_n_m or given != ["sparsity"]:
+        yield "allocation", "an allocation shares out a sparsity; it goes with no threshold, list of units or N:M"
+    if not isinstance(allocation, Allocation) or allocation.name is None:
+        return
+    entry = ALLOCATIONS[allocation.name]
+    if isinstance(target, str) and target in EVERY_TARGET - entry.targets:
+        yield "allocation", f"allocation {allocation.name} is for {', '.join(sorted(entry.targets))}, not {target}"
+    if isinstance(scope, str | None) and (scope or "layer") not in entry.scopes:
+        yield (
+            "scope",
+            f"allocation {allocation.name} goes with scope {' or '.join(sorted(entry.scopes))}, not {scope or 'layer'}",
+        )
+
+
     no_amount = {"not": {"anyOf": [_given(name) for name in AMOUNTS]}}
     return {
         "allOf": [
             {
-                "if": _is("pattern", {"type": "string", "pattern": f"^{N_M}$"}),
+                "if": is_n_m,
                 "then": no_amount,
                 "else": {"oneOf": [_given(name) for name in AMOUNTS]},
             },
             {
+    is_n_m = _is("pattern", {"type": "string", "pattern": f"^{N_M}$"})
                 "if": _is("target", {"const": "weights"}),
                 "then": _where(
                     remove={"type": "null"},
@@ -140,7 +173,6 @@ def step_schema() -> dict[str, Any]:
                     "required": ["sparsity"],
                     **_where(
                         target={"not": {"const": "layers"}},
-                        sparsity={"type": "number"},
                         scope={"not": {"const": "global"}},
                     ),
                 },
@@ -151,6 +183,7 @@ def step_schema() -> dict[str, Any]:
                 if (lacking := EVERY_TARGET - entry.targets)
             ),
             *(
+                        allocation={"type": "null"},
                 {
                     "if": _is("criterion", _named(name)),
                     "then": _where(
@@ -182,6 +215,24 @@ def step_schema() -> dict[str, Any]:
     }
 
 
+            *(
+                {"if": _is(key, {"not": {"const": default}}), "then": then}
+                for key, default, then in (
+                    ("min_sparsity", LIMITS["min_sparsity"], {**_given("sparsity"), "not": is_n_m}),
+                    ("max_sparsity", LIMITS["max_sparsity"], {"not": is_n_m}),
+                )
+            ),
+            {"if": _given("allocation"), "then": {**_given("sparsity"), "not": is_n_m}},
+            *(
+                {
+                    "if": _is("allocation", _named(name)),
+                    "then": {
+                        "required": [] if "layer" in entry.scopes else ["scope"],
+                        **_where(target={"enum": sorted(entry.targets)}, scope={"enum": sorted(entry.scopes)}),
+                    },
+                }
+                for name, entry in ALLOCATIONS.items()
+            ),
 def _where(**properties: Any) -> dict[str, Any]:
     """These keys, where they are there."""
     return {"properties": properties}

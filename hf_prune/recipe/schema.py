@@ -7,11 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
 from hf_prune.recipe.fields import (
+    Allocation,
+    AllocationField,
+    CeilingField,
     Compensation,
     CompensationField,
     Count,
     Criterion,
     CriterionField,
+    FloorField,
     Pattern,
     PatternField,
     Section,
@@ -87,11 +91,13 @@ class Step(Section):
     remove: UnitsField = None
     criterion: CriterionField = None
     scope: Literal["output", "layer", "global"] = "layer"
+    allocation: AllocationField = None
     normalize: Literal["auto", "none", "mean", "max"] = "auto"
     uniform: bool = False
     round_to: Count = 1
     min_keep: Count = 1
-    max_sparsity: float = Field(1.0, gt=0, le=1)
+    min_sparsity: FloorField = 0.0
+    max_sparsity: CeilingField = 1.0
     include: tuple[str, ...] = Field((), strict=False)
     exclude: tuple[str, ...] = Field((), strict=False)
     pattern: PatternField = None
@@ -108,12 +114,14 @@ class Step(Section):
             object.__setattr__(self, "scope", CRITERIA[self.criterion.name].scope)
         return self
 
-    @field_serializer("sparsity", "criterion", "pattern", "compensation")
+    @field_serializer("sparsity", "criterion", "pattern", "compensation", "allocation")
     def _as_written(self, value: Any) -> Any:
         match value:
             case Compensation(add=False):
                 return value.name
-            case Criterion():
+            case Allocation(name=None):
+                return dict(value.shares)
+            case Criterion() | Allocation():
                 return {"name": value.name, **value.options} if value.options else value.name
             case Pattern(kind="n_m"):
                 return f"{value.n}:{value.m}"

@@ -22,13 +22,14 @@ class CriterionEntry(NamedTuple):
     scope: str = "layer"
     is_blockwise: bool = False  # chooses and updates together, matrix by matrix
     is_greedy: bool = False  # measures anew after each unit that leaves a site, unless its option `greedy` is false
+    same_unit: bool = False  # scores of weights have a unit that all matrices share, so that they compare as they are
     by_threshold: bool = False  # says how much leaves by a threshold on its scores, and by nothing else
 
 
 # A new criterion is a file in hf_prune/criteria and a line here.
 CRITERIA = {
-    "l1": CriterionEntry("magnitude", "L1"),
-    "l2": CriterionEntry("magnitude", "L2"),
+    "l1": CriterionEntry("magnitude", "L1", same_unit=True),
+    "l2": CriterionEntry("magnitude", "L2", same_unit=True),
     "random": CriterionEntry("random", "Random", options={"seed": "integer"}),
     "gradient": CriterionEntry("gradient", "Gradient"),
     "taylor": CriterionEntry("taylor", "Taylor"),

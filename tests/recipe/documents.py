@@ -37,7 +37,15 @@ OPTIONS: dict[str, list[Any]] = {
     "uniform": [True, False],
     "round_to": [1, 8, 8.0],
     "min_keep": [1, 4],
-    "max_sparsity": [1, 0.9],
+    "allocation": [
+        "owl",
+        "kind",
+        {"name": "owl", "multiple": 7, "spread": 0.05},
+        {"name": "sensitivity", "file": "x.json"},
+        {"*.0.*": 0, "*.1.*": 0.3},
+    ],
+    "min_sparsity": [0, 0.1, {"*.0.*": 0.1}],
+    "max_sparsity": [1, 0.9, {"*.0.*": 1, "*.1.*": 0.4}],
     "include": [["*.0.*"]],
     "exclude": [["*.0.*", "*.1.*"]],
     "pattern": ["unstructured", "2:4", "1:2", "4:8", {"block": [4, 4]}],
@@ -91,7 +99,14 @@ def good() -> Iterator[dict[str, Any]]:
                 yield recipe({"target": target, amount: value})
                 yield recipe({"target": target, amount: value, "scope": "global", "criterion": "activation"})
         yield recipe({"target": target, "sparsity": 0.5, "criterion": {"name": "random", "seed": 3}, "min_keep": 2})
-    yield recipe({"target": "attention_heads", "sparsity": 0.3, "uniform": True, "round_to": 2})
+    for amount in (0.3, {"macs": 0.1}):
+        yield recipe({"target": "attention_heads", "sparsity": amount, "uniform": True, "round_to": 2})
+    for target in ("weights", *UNIT_TARGETS):
+        yield recipe({"target": target, "sparsity": 0.5, "allocation": "kind", "scope": "global"})
+        yield recipe({"target": target, "sparsity": 0.5, "allocation": {"name": "sensitivity", "file": "x.json"}})
+        yield recipe({"target": target, "sparsity": 0.5, "allocation": {"*.0.*": 0.2}, "max_sparsity": {"*": 0.9}})
+    for criterion in ("l1", "wanda", "sparsegpt"):
+        yield recipe({"target": "weights", "sparsity": 0.5, "criterion": criterion, "allocation": "owl"})
     for criterion in ("fisher", "fluctuation", "apoz"):
         yield recipe({"target": "ffn_neurons", "sparsity": 0.5, "criterion": criterion, "compensation": "bias"})
     yield recipe({"target": "attention_heads", "sparsity": 0.5, "compensation": "least_squares"})
