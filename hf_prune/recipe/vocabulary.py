@@ -64,12 +64,36 @@ class CompensationEntry(NamedTuple):
 
     targets: frozenset[str]
     options: Mapping[str, str] = MappingProxyType({})
+    of_parts: bool = True  # of layers, where it is for them
 
 
 COMPENSATIONS = {
     "bias": CompensationEntry(frozenset({"ffn_neurons", "attention_heads"}), options={"add": "boolean"}),
     "least_squares": CompensationEntry(UNITS, options={"add": "boolean"}),
-    "linear": CompensationEntry(frozenset({"layers"})),
+    "linear": CompensationEntry(frozenset({"layers"}), of_parts=False),
+}
+
+
+class AllocationEntry(NamedTuple):
+    """Where an allocation lives, what it is for, its options in a recipe, and with whom units then compete."""
+
+    module: str  # in hf_prune.allocation; imported when used
+    class_name: str
+    targets: frozenset[str] = EVERY_TARGET
+    options: Mapping[str, str] = MappingProxyType({})
+    required: frozenset[str] = frozenset()  # options without a default
+    scopes: frozenset[str] = frozenset({"output", "layer"})
+
+
+# Beside these a recipe may give shares by glob. A new allocation is a file in hf_prune/allocation and a line here.
+ALLOCATIONS = {
+    "kind": AllocationEntry("kind", "ByKind", scopes=frozenset({"global"})),
+    "owl": AllocationEntry(
+        "owl", "Owl", targets=frozenset({"weights"}), options={"multiple": "number", "spread": "number"}
+    ),
+    "sensitivity": AllocationEntry(
+        "sensitivity", "BySensitivity", options={"file": "string"}, required=frozenset({"file"})
+    ),
 }
 
 # What the language has names for and this version has not.
