@@ -59,8 +59,8 @@ def shrink_(model: nn.Module) -> ShrinkRecord:
     return _shrink(model)[0]
 
 
-def _shrink(model: nn.Module) -> tuple[ShrinkRecord, Verdict]:
-    record = remove_masked_(model)
+def _shrink(model: nn.Module, sample: Mapping[str, Any] | None = None) -> tuple[ShrinkRecord, Verdict]:
+    record = remove_masked_(model, sample=sample)
     return record, settle_config_(model, record.kept_layers)
 
 
@@ -105,14 +105,14 @@ def finish_(
         if shrink and any(not keep.all() for keep in masks.units.values()):
             # a copy goes first: if that fails, the model and all that hold its parameters are as they were
             smaller = copy.deepcopy(model)
-            record, _ = _shrink(smaller)
+            record, _ = _shrink(smaller, dense.sample)
             times["shrink"], started = time.perf_counter() - started, time.perf_counter()
             if verify:
                 verification = verify_models(model, smaller, structure, record, batches, inputs)
                 times["verify"] = time.perf_counter() - started
             pruned = measure_totals(smaller, dense.sample)
             del smaller
-            _, verdict = _shrink(model)
+            _, verdict = _shrink(model, dense.sample)
         else:
             pruned = measure_totals(model, dense.sample)
     notes = list(plan.notes) if plan else []

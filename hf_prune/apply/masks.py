@@ -1,4 +1,4 @@
-"""Masks on a live model: what is masked is zero (weights, neurons, heads) or bypassed (layers), and stays so.
+"""Masks on a live model: what is masked is zero (weights, neurons, heads, parts) or bypassed (layers), and stays so.
 
 The masks are kept on the model object, outside its parameters and buffers: they are not in its state dict, and they
 survive `copy.deepcopy`. A masked entry is remembered, never told by being zero: a kept weight may underflow.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.apply.parts import check_parts
 from hf_prune.errors import PruneError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model
@@ -23,12 +24,17 @@ _ATTRIBUTE = "_hf_prune_masked"
 
 @dataclass
 class MaskedTensor:
-    """Removed entries of one parameter: whole slices `index` along `dim`, or single entries where `removed` is True."""
+    """Removed entries of one parameter: slices `index` along `dim`, entries where `removed` is True, or all (neither)."""
 
     name: str
     dim: int = 0
     index: Tensor | None = None
     removed: Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter leaves as it is."""
+        return self.index is None and self.removed is None
 
     def zero_(self, tensor: Tensor) -> None:
         """Zero the removed entries of `tensor`: the parameter, its gradient, or an optimizer's moment."""
@@ -40,13 +46,16 @@ class MaskedTensor:
             if self.removed.device != tensor.device:
                 self.removed = self.removed.to(tensor.device)
             tensor.masked_fill_(self.removed, 0)
+        if self.is_whole:
+            tensor.zero_()
 
     def values(self, tensor: Tensor) -> Tensor:
         """A copy of the removed entries of `tensor`."""
         if self.index is not None:
             return tensor.detach().index_select(self.dim, self.index.to(tensor.device))
-        assert self.removed is not None
-        return tensor.detach()[self.removed.to(tensor.device)]
+        if self.removed is not None:
+            return tensor.detach()[self.removed.to(tensor.device)]
+        return tensor.detach().clone()
 
     def restore_(self, tensor: Tensor, values: Tensor) -> None:
         """Put back what `values` copied."""
@@ -54,6 +63,8 @@ class MaskedTensor:
             tensor.index_copy_(self.dim, self.index.to(tensor.device), values)
         elif self.removed is not None:
             tensor[self.removed.to(tensor.device)] = values
+        else:
+            tensor.copy_(values)
 
 
 @dataclass
@@ -87,12 +98,15 @@ def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | No
 
 
 def masked_entries(structure: ModelStructure, masks: KeepMasks) -> list[MaskedTensor]:
-    """Where in the parameters the removed neurons, heads and single weights are."""
+    """Where in the parameters the removed neurons, heads, parts of layers and single weights are."""
     entries = []
     for key, keep in masks.units.items():
         gone = torch.nonzero(~keep).reshape(-1)
         if len(gone):
-            entries += [MaskedTensor(piece.name, piece.dim, piece.index(gone)) for piece in structure[key].slices]
+            site = structure[key]
+            entries += [MaskedTensor(piece.name, piece.dim, piece.index(gone)) for piece in site.slices]
+            if site.branches:
+                entries += [MaskedTensor(name) for unit in gone.tolist() for name in site.branches[unit].parameters]
     entries += [MaskedTensor(name, removed=~keep) for name, keep in masks.weights.items() if not keep.all()]
     return entries
 
@@ -136,6 +150,7 @@ def _check(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> Non
             )
         if not keep.any():
             raise PruneError(f"the mask of {key} keeps none of {sites[key]} units; keep at least one")
+    check_parts(model, masks, structure)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, keep in masks.weights.items():
         if shapes.get(name) != tuple(keep.shape) or keep.dtype != torch.bool:

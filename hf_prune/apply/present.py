@@ -21,15 +21,36 @@ def dropped_blocks(structure: ModelStructure, masks: KeepMasks) -> list[str]:
     return dropped
 
 
-def is_inside(site: Site | WeightSite, blocks: Sequence[str]) -> bool:
-    """Whether a site lies in one of `blocks`."""
-    return any(site.name == block or site.name.startswith(f"{block}.") for block in blocks)
+def dropped_modules(structure: ModelStructure, masks: KeepMasks) -> list[str]:
+    """Names of the modules that leave whole: blocks, and what holds a part of one."""
+    dropped = dropped_blocks(structure, masks)
+    for site in structure:
+        if site.branches and site.key in masks.units:
+            gone = torch.nonzero(~masks.units[site.key]).reshape(-1).tolist()
+            dropped += [module for unit in gone for module in site.branches[unit].modules]
+    return dropped
+
+
+def is_inside(site: Site | WeightSite, modules: Sequence[str]) -> bool:
+    """Whether a site lies in `modules`: its matrix does, or all that read its units."""
+    prefixes = tuple(f"{module}." for module in modules)
+    places = [site.module] if isinstance(site, WeightSite) else [read.module for read in site.reads]
+    return bool(places) and all(f"{place}.".startswith(prefixes) for place in places)
+
+
+def units_there(structure: ModelStructure, masks: KeepMasks, site: Site) -> Tensor:
+    """The units of a site that are kept, and of parts whose block is: bool, (n_units,)."""
+    there = masks.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool))
+    if site.branches:
+        dropped = dropped_blocks(structure, masks)
+        there = there & torch.tensor([branch.block not in dropped for branch in site.branches])
+    return there
 
 
 def present_entries(structure: ModelStructure, masks: KeepMasks, site: WeightSite) -> Tensor:
     """Entries of a weight outside removed units and dropped layers: bool, the weight's shape. Zeros count as there."""
     present = torch.ones(site.shape, dtype=torch.bool)
-    if is_inside(site, dropped_blocks(structure, masks)):
+    if is_inside(site, dropped_modules(structure, masks)):
         return present.zero_()
     for key, keep in masks.units.items():
         gone = torch.nonzero(~keep).reshape(-1)
@@ -46,13 +67,19 @@ def kept_entries(structure: ModelStructure, masks: KeepMasks, site: WeightSite) 
 
 
 def sparsity(structure: ModelStructure, masks: KeepMasks) -> dict[str, float]:
-    """The fraction removed, for each target that has masks, of what dropped layers and removed units left there."""
-    fractions, dropped = {}, dropped_blocks(structure, masks)
-    for target in ("layers", "attention_heads", "ffn_neurons"):
-        there = [site for site in structure.of(target) if target == "layers" or not is_inside(site, dropped)]
+    """The fraction removed, by kind, where there are masks, of what dropped layers and removed units left there."""
+    fractions, dropped = {}, dropped_modules(structure, masks)
+    without_parts = KeepMasks({key: keep for key, keep in masks.units.items() if not structure[key].branches})
+    for kind in dict.fromkeys(site.kind for site in structure):
+        there = [site for site in structure if site.kind == kind and not is_inside(site, dropped)]
         if any(site.key in masks.units for site in there):
-            kept = sum(int(masks.units[site.key].sum()) if site.key in masks.units else site.n_units for site in there)
-            fractions[target] = 1 - kept / sum(site.n_units for site in there)
+            before = sum(
+                int(units_there(structure, without_parts, site).sum()) if site.branches else site.n_units
+                for site in there
+            )
+            fractions[kind] = 1 - sum(int(units_there(structure, masks, site).sum()) for site in there) / max(
+                before, 1
+            )
     n_present = n_kept = 0
     for site in structure.weights:
         if site.name in masks.weights:

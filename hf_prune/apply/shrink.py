@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.masks import clear_masks, masks_of, set_masks
+from hf_prune.apply.parts import Caches, absent_parts, remove_parts_
+from hf_prune.apply.present import dropped_modules, is_inside
 from hf_prune.checkpoint.modeling_hf_prune import ConfigView, set_sizes
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
@@ -24,31 +27,52 @@ class ShrinkRecord:
 
 
 @torch.no_grad()
-def remove_masked_(model: nn.Module, structure: ModelStructure | None = None) -> ShrinkRecord:
-    """Remove masked neurons, heads and layers from `model`, in place. Masked single weights stay zeros, and masked.
+def remove_masked_(
+    model: nn.Module, structure: ModelStructure | None = None, sample: Mapping[str, Any] | None = None
+) -> ShrinkRecord:
+    """Remove masked neurons, heads, layers and their parts from `model`, in place. Masked single weights stay zeros, and masked.
 
     Parameters become new `nn.Parameter`s, so an optimizer made before still holds the old ones.
 
+    Args:
+        sample: keyword inputs of the model, to see what the parts that leave return; made up if not given.
+
     Returns:
         What was removed; the config is not touched (`hf_prune.checkpoint.settle_config_` does that).
+
+    Raises:
+        UnsupportedModelError: nothing can take the place of a part; the model is as it was.
     """
     structure = structure or inspect_model(model)
     masks = masks_of(model)
-    weights = dict(masks.weights)
+    absent = absent_parts(model, masks, structure, sample)
+    gone = dropped_modules(structure, masks)
+    weights = {
+        name: mask for name, mask in masks.weights.items() if not name.startswith(tuple(f"{m}." for m in absent))
+    }
     record = ShrinkRecord()
     removed = {key: keep for key, keep in masks.units.items() if not keep.all()}
+    caches = [(site, Caches(model, site)) for site in structure if site.part == "attention"] if removed else []
     for key, keep in removed.items():
         site = structure[key]
-        if site.target != "layers":
+        if site.target != "layers" and not is_inside(site, gone):
             _narrow(model, site, keep, weights)
             record.kept_units[key] = int(keep.sum())
     clear_masks(model)
+    remove_parts_(model, absent)
     for key, keep in removed.items():
         site = structure[key]
         if site.target == "layers":
+            record.kept_units[key] = int(keep.sum())
+        if site.target == "layers" and not site.branches:
             record.kept_layers[site.name] = torch.nonzero(keep).reshape(-1).tolist()
             weights = _drop_layers(model, site, record.kept_layers[site.name], weights)
-            record.kept_units[key] = int(keep.sum())
+    for site, cache in caches:
+        left = ~masks.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool))
+        cache.renumber_(
+            record.kept_layers.get(site.name, range(len(site.blocks))),
+            [number for number, is_gone in zip(site.numbers, left.tolist(), strict=True) if is_gone],
+        )
     if weights:
         set_masks(model, KeepMasks(weights=weights))
     return record

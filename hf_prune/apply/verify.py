@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.apply.masks import masks_of
 from hf_prune.apply.shrink import ShrinkRecord
 from hf_prune.calibration.blocks import first_tensor, without_cache
 from hf_prune.errors import CalibrationError, VerificationError
@@ -102,12 +103,15 @@ class _SiteWatcher:
         self._hooks: list[Any] = []
         for key in record.kept_units:
             site = structure[key]
-            if site.target == "layers":
-                continue
-            container = _container(masked, site)
-            renamed = _after_removal(container, record.kept_layers)
-            if renamed is not None:
-                self._pairs.append((container, masked.get_submodule(container), smaller.get_submodule(renamed)))
+            if site.branches:
+                gone = torch.nonzero(~masks_of(masked).units[key]).reshape(-1).tolist()
+                containers = [site.branches[unit].block for unit in gone]
+            else:
+                containers = [] if site.target == "layers" else [_container(masked, site)]
+            for container in containers:
+                renamed = _after_removal(container, record.kept_layers)
+                if renamed is not None:
+                    self._pairs.append((container, masked.get_submodule(container), smaller.get_submodule(renamed)))
 
     def __enter__(self) -> None:
         for name, module, counterpart in self._pairs:

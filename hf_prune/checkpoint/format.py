@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_prune.checkpoint.modeling_hf_prune import MANIFEST_VERSION, ConfigView
+from hf_prune.checkpoint.modeling_hf_prune import MANIFEST_VERSION, ConfigView, absent_returns
 
 
 MODELLING_MODULE = "modeling_hf_prune"
@@ -90,6 +90,8 @@ def manifest_of(model: PreTrainedModel, built: PreTrainedModel) -> dict[str, Any
 
 
 def _entry(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    if (returns := absent_returns(module)) is not None:
+        return {"absent": returns}
     shapes = {
         name: list(parameter.shape)
         for name, parameter in module._parameters.items()

@@ -7,16 +7,21 @@ manifest, `hf_prune`, that lists modules with the sizes that were kept; nothing 
 
 from __future__ import annotations
 
+import inspect
 import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 
 MANIFEST_VERSION = 1
+
+
+ZEROS = "zeros"
+Returns = str | list[str | None]  # a tensor, or a tuple of them: zeros, an argument by name, or None
 
 
 class ManifestError(ValueError):
@@ -48,11 +53,56 @@ class ConfigView:
         self.__dict__.update(state)
 
 
+class Absent(nn.Module):
+    """In place of a module that has left: it computes nothing.
+
+    Args:
+        replaced: the module that was there, for the names of its arguments and, of a linear layer, its width.
+        returns: what its call gives.
+    """
+
+    def __init__(self, replaced: nn.Module, returns: Returns):
+        super().__init__()
+        self._returns = returns
+        self._arguments = argument_names(replaced)
+        weight = replaced._parameters.get("weight")
+        is_transposed = isinstance(replaced, transformers.pytorch_utils.Conv1D)
+        is_linear = weight is not None and (is_transposed or isinstance(replaced, nn.Linear))
+        self._d_out = weight.shape[1 if is_transposed else 0] if weight is not None and is_linear else None
+        self.train(replaced.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """(..., d_in), ... -> (..., d_out), and what else the one that was there gave."""
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        hidden = given["hidden_states"] if "hidden_states" in given else next(iter(given.values()))
+
+        def one(what: str | None) -> Tensor | None:
+            if what != ZEROS:
+                return None if what is None else given.get(what)
+            return hidden.new_zeros(*hidden.shape[:-1], self._d_out or hidden.shape[-1])
+
+        return one(self._returns) if isinstance(self._returns, str) else tuple(one(each) for each in self._returns)
+
+    def extra_repr(self) -> str:
+        return f"returns={self._returns!r}"
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """What the arguments of a module's call are called."""
+    known = module.__dict__.get("_arguments") if absent_returns(module) is not None else None
+    return known or tuple(inspect.signature(module.forward).parameters)
+
+
+def absent_returns(module: nn.Module) -> Returns | None:
+    """What an absent module gives; None of one that is there. (Two copies of this file may have made the model.)"""
+    return module.__dict__.get("_returns") if type(module).__name__ == "Absent" else None
+
+
 def resize_(model: nn.Module, manifest: Any) -> None:
     """Give the modules named in `manifest` their kept sizes, with empty tensors, before weights are loaded.
 
     Everything is checked against the modules as the config built them before anything is allocated: sizes can only
-    be smaller. Called for a model of which only a part is there (the base of a task model), it resizes that part;
+    be smaller, and all that is new is a bias of a linear layer. Called for a model of which only a part is there (the base of a task model), it resizes that part;
     called twice, it does nothing the second time.
 
     Raises:
@@ -64,14 +114,19 @@ def resize_(model: nn.Module, manifest: Any) -> None:
     entries = []
     for name, entry in manifest["modules"].items():
         # the name as saved, or, where this is the base model of the class that was saved, without its prefix
-        module = own.get(name, own.get(name.removeprefix(f"{prefix}.")) if prefix else None)
+        here = name if name in own or not prefix else name.removeprefix(f"{prefix}.")
+        module = own.get(here)
         if module is not None:
             _check_entry(name, module, entry)
-            entries.append((module, entry))
+            entries.append((here, module, entry))
         elif type(model).__name__ == manifest["class"]:
             raise ManifestError(f"the manifest names module {_short(name)}, which {type(model).__name__} has not")
-    for module, entry in entries:
-        _resize_module(module, entry)
+    for name, module, entry in entries:
+        if "absent" not in entry:
+            _resize_module(module, entry)
+        elif absent_returns(module) is None:
+            parent, _, child = name.rpartition(".")
+            setattr(own[parent], child, Absent(module, entry["absent"]))
 
 
 def _check_top(manifest: Any) -> None:
@@ -94,8 +149,13 @@ def _check_top(manifest: Any) -> None:
 
 
 def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
+    if isinstance(entry, dict) and entry.keys() == {"absent"}:
+        _check_absent(name, module, entry["absent"])
+        return
     if not isinstance(entry, dict) or not entry or not entry.keys() <= {"tensors", "attributes", "config"}:
-        raise ManifestError(f"the manifest's entry for {name!r} may hold tensors, attributes and config only")
+        raise ManifestError(
+            f"the manifest's entry for {name!r} may hold tensors, attributes and config only, or absent alone"
+        )
     for part in entry.values():
         if not isinstance(part, dict):
             raise ManifestError(f"the manifest's entry for {name!r} holds a {type(part).__name__}, not a mapping")
@@ -140,6 +200,15 @@ def _short(value: Any) -> str:
 
 def _name(text: str) -> str:
     return text if len(text) < 60 else f"{text[:56]}…"
+
+def _check_absent(name: str, module: nn.Module, returns: Any) -> None:
+    known = (ZEROS, *argument_names(module))
+    each = returns if isinstance(returns, list) and 0 < len(returns) <= 16 else [returns]
+    if not name or not isinstance(each[0], str) or not all(what is None or what in known for what in each):
+        raise ManifestError(
+            f"{name}.absent is {_short(returns)}; expected what its call gives, of {', '.join(map(_name, known))}, or a list"
+        )
+
 
 
 def _is_count(value: Any) -> bool:

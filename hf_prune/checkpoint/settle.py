@@ -160,7 +160,8 @@ def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int, leavi
         built = _build(model, _edited(config, {**edit, **one}))
         if built is None:
             continue
-        found = {key: n for key, n in _entries_by_site(built).items() if key not in leaving}
+        # a part that left before is in what a config builds all the same
+        found = {key: n for key, n in _entries_by_site(built).items() if key in before}
         if found == wanted:
             return True
         if all(found.get(key) in (before[key], wanted[key]) for key in before) and found != before:

@@ -25,6 +25,7 @@ from hf_prune.recipe.vocabulary import ALLOCATIONS, COMPENSATIONS, CRITERIA, EVE
 
 
 AMOUNTS = ("sparsity", "threshold", "remove")
+PARTS = ("attention", "feed_forward")  # of a block
 # keys that mean nothing for single weights, with their defaults
 OF_UNITS: dict[str, Any] = {"uniform": False, "round_to": 1, "min_keep": 1}
 # limits of a site, with the defaults that say nothing
@@ -64,6 +65,9 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "scope", f"scope output is for target weights, not {target}; use layer or global"
         if isinstance(step.get("remove"), (list, tuple)) and target != "layers":
             yield "remove", 'remove of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
+    is_part = step.get("part") in PARTS
+    if is_part and target in EVERY_TARGET - {"layers"}:
+        yield "part", f"part {step['part']} is for target layers, not {target}"
     if step.get("uniform") is True and target != "weights":
         if target == "layers":
             yield "uniform", "uniform is for heads and neurons; layers are of one size already"
@@ -109,6 +113,13 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "compensation",
                 f"compensation {compensation.name} is for {', '.join(sorted(repaired))}, not {target}",
             )
+        elif is_part and not COMPENSATIONS[compensation.name].of_parts:
+            yield (
+                "compensation",
+                f"compensation {compensation.name} is for whole layers; for a part take least_squares",
+            )
+        if compensation.add and target == "layers":
+            yield "compensation", "add gives a bias to what lost heads or neurons; drop it from a step of layers"
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
@@ -224,6 +235,25 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
             ),
             {"if": _given("allocation"), "then": {**_given("sparsity"), "not": is_n_m}},
             *(
+            *(
+                {"if": _is("compensation", _named(name)), "then": _where(target={"enum": sorted(entry.targets)})}
+                for name, entry in COMPENSATIONS.items()
+            ),
+            {"if": _is("part", {"enum": [*PARTS]}), "then": _where(target={"const": "layers"})},
+            *(
+                {"if": _is("compensation", _named(name)), "then": _where(part={"const": "block"})}
+                for name, entry in COMPENSATIONS.items()
+                if not entry.of_parts
+            ),
+            {
+                "if": _is("compensation", _is("add", {"const": True})),
+                "then": _where(target={"not": {"const": "layers"}}),
+            },
+            _where(schedule=_where(shrink={"const": "at_end"})),
+        ]
+    }
+
+
                 {
                     "if": _is("allocation", _named(name)),
                     "then": {

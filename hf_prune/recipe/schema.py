@@ -85,7 +85,7 @@ class Step(Section):
     model_config = ConfigDict(json_schema_extra=step_schema())
 
     target: Target
-    part: Literal["block"] = "block"
+    part: Literal["block", "attention", "feed_forward"] = "block"
     sparsity: SparsityField = None
     threshold: Threshold | None = None
     remove: UnitsField = None

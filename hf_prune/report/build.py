@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hf_prune.apply.present import dropped_blocks, is_inside, present_entries, sparsity
+from hf_prune.apply.present import dropped_modules, is_inside, present_entries, sparsity, units_there
 from hf_prune.checkpoint.format import auto_class
 from hf_prune.plan import KeepMasks
 from hf_prune.recipe import Recipe
@@ -70,7 +69,7 @@ def build_report(
         seconds: by stage.
     """
     config = getattr(model, "config", None)
-    notes, dropped = list(notes), dropped_blocks(structure, masks)
+    notes, dropped = list(notes), dropped_modules(structure, masks)
     if verification is None and shrunk and any(not keep.all() for keep in masks.units.values()):
         notes.append("not verified: the smaller model was not compared with the masked one")
     return PruningReport.from_dict(
@@ -84,7 +83,11 @@ def build_report(
                 "class": type(model).__name__,
                 "model_type": structure.model_type,
             },
-            "sites": [_site(site, masks.units.get(site.key), dropped) for site in structure.sites],
+            "sites": [
+                _site(site, units_there(structure, masks, site), dropped)
+                for site in structure.sites
+                if not site.branches or site.key in masks.units  # parts, where the recipe was about them
+            ],
             "weights": [_weights(site, structure, masks) for site in structure.weights if site.name in masks.weights],
             "sparsity": sparsity(structure, masks),
             "totals": {"dense": dense.to_dict(), "pruned": pruned.to_dict(), "macs_of": dense.shapes()},
@@ -101,13 +104,13 @@ def build_report(
     )
 
 
-def _site(site: Site, keep: Tensor | None, dropped: Sequence[str]) -> dict[str, Any]:
-    if site.target != "layers" and is_inside(site, dropped):
+def _site(site: Site, there: Tensor, dropped: Sequence[str]) -> dict[str, Any]:
+    if is_inside(site, dropped):
         removed = list(range(site.n_units))  # it left with its layer
     else:
-        removed = [] if keep is None else torch.nonzero(~keep).reshape(-1).tolist()
+        removed = [number for number, is_there in zip(site.numbers, there.tolist(), strict=True) if not is_there]
     return {
-        "target": site.target,
+        "target": site.kind,
         "name": site.name,
         "n_units": site.n_units,
         "n_kept": site.n_units - len(removed),

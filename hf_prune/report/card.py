@@ -32,7 +32,13 @@ _TEMPLATE = "card.md.j2"
 _NO_REPOSITORY = "path/or/repo"  # in the examples, until it is known where the model goes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TITLES = {"macs": "MACs", "bytes": "bytes in memory"}
-_UNITS = {"layers": "layer", "attention_heads": "attention head", "ffn_neurons": "feed-forward neuron"}
+_UNITS = {
+    "layers": "layer",
+    "layers.attention": "attention part",
+    "layers.feed_forward": "feed-forward part",
+    "attention_heads": "attention head",
+    "ffn_neurons": "feed-forward neuron",
+}
 
 
 def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | None, metadata: dict[str, Any]) -> str:

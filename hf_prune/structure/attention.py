@@ -30,7 +30,7 @@ def find_sites(names: ModuleNames, stacks: dict[str, tuple[str, ...]]) -> Iterat
     found: list[Site | Refusal] = []
     tied: dict[str, list[Site]] = {}
     for name, module in names.modules.items():
-        layout = _matching(names, name)
+        layout = matching(names, name)
         if layout is None:
             continue
         try:
@@ -45,7 +45,8 @@ def find_sites(names: ModuleNames, stacks: dict[str, tuple[str, ...]]) -> Iterat
     return iter([*found, *(_merged(path, sites) for path, sites in tied.items())])
 
 
-def _matching(names: ModuleNames, name: str) -> AttentionLayout | None:
+def matching(names: ModuleNames, name: str) -> AttentionLayout | None:
+    """The layout of the attention `name`, if it is one."""
     for layout in ATTENTION_LAYOUTS:
         if all(is_linear(names.get(name, part)) for part in layout.parts):
             return layout

@@ -62,23 +62,27 @@ def parameter_costs(model: nn.Module, structure: ModelStructure, there: UnitMask
     A shared block costs nothing: fewer calls leave its parameters where they are.
     """
     sizes = _Present(structure, there)
+    named = dict(model.named_parameters(remove_duplicate=False))
     per_unit = {}
     for site in structure:
         if site.target != "layers":
             per_unit[site.key] = _same(site, sum(sizes.of_unit(model, site)))
+        elif site.branches:
+            held = [sum(sizes.of_tensor(name, named[name]) for name in b.parameters) for b in site.branches]
+            per_unit[site.key] = torch.tensor(held, dtype=torch.float64)
         elif site.is_shared:
             per_unit[site.key] = _same(site, 0)
         else:
-            held = [sum(sizes.of_tensor(*named) for named in _block_parameters(model, block)) for block in site.blocks]
+            held = [sum(sizes.of_tensor(*each) for each in _block_parameters(model, block)) for block in site.blocks]
             per_unit[site.key] = torch.tensor(held, dtype=torch.float64)
-    return UnitCosts(sum(sizes.of_tensor(*named) for named in model.named_parameters()), per_unit)
+    return UnitCosts(sum(sizes.of_tensor(*each) for each in model.named_parameters()), per_unit)
 
 
 def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inputs: Mapping[str, Any]) -> UnitCosts:
     """MACs on `inputs` of the model and of each unit, without the units that are no longer `there`.
 
     A matrix product's MACs belong to the entries of its weight alike; all else that an attention computes, to its
-    heads; a layer's are those of its block, at each call.
+    heads; a layer's are those of its block, at each call, and a part's those of what leaves with it.
     """
     counted = _macs_by_module(model, inputs)
     calls = _calls_kept(structure, there)  # of each block, what part of its calls
@@ -86,6 +90,12 @@ def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inp
     for block, kept in calls.items():
         inside = [name for name in counted if name == block or name.startswith(f"{block}.")]
         counted |= {name: counted[name] * kept for name in inside}
+    for module in _modules_gone(structure, there):
+        gone = counted.get(module, 0)
+        total -= gone
+        around = [name for name in counted if name and module.startswith(f"{name}.")]
+        counted |= {name: counted[name] - gone for name in around}
+        counted |= {name: 0 for name in counted if name == module or name.startswith(f"{module}.")}
     sizes = _Present(structure, there)
     parts = {
         site.key: [*_products(model, site, sizes, counted), *_mixing(model, site, counted)]
@@ -99,6 +109,13 @@ def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inp
         return sum(n * macs for key, n in n_gone.items() for name, macs in parts[key] if f"{name}.".startswith(path))
 
     per_unit = {key: _same(structure[key], sum(macs for _, macs in of_site)) for key, of_site in parts.items()}
+    for site in structure:
+        if site.branches:
+            by_part = [
+                sum(counted.get(module, 0) - left(f"{module}.") for module in branch.modules)
+                for branch in site.branches
+            ]
+            per_unit[site.key] = torch.tensor(by_part, dtype=torch.float64)
     for site in structure.of("layers"):
         by_call = [
             (counted.get(block, 0) - left(f"{block}.")) / (calls.get(block, 1) * site.blocks.count(block) or 1)
@@ -131,7 +148,8 @@ class _Present:
     """Sizes of tensors once the units that aren't there have left."""
 
     def __init__(self, structure: ModelStructure, there: UnitMasks):
-        self._dropped = tuple(f"{block}." for block, kept in _calls_kept(structure, there).items() if not kept)
+        dropped = [block for block, kept in _calls_kept(structure, there).items() if not kept]
+        self._dropped = tuple(f"{module}." for module in (*dropped, *_modules_gone(structure, there)))
         self._gone: dict[tuple[str, int], int] = {}
         for key, keep in there.items():
             for piece in structure[key].slices:
@@ -163,6 +181,18 @@ def _calls_kept(structure: ModelStructure, there: UnitMasks) -> dict[str, float]
         for block, is_kept in zip(site.blocks, there[site.key].tolist(), strict=True) if site.key in there else ():
             kept.setdefault(block, []).append(is_kept)
     return {block: sum(calls) / len(calls) for block, calls in kept.items()}
+
+
+def _modules_gone(structure: ModelStructure, there: UnitMasks) -> list[str]:
+    """The modules of the parts that aren't there any more."""
+    return [
+        module
+        for site in structure
+        if site.branches and site.key in there
+        for branch, is_kept in zip(site.branches, there[site.key].tolist(), strict=True)
+        if not is_kept
+        for module in branch.modules
+    ]
 
 
 def _block_parameters(model: nn.Module, block: str) -> Iterator[tuple[str, Tensor]]:

@@ -9,11 +9,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.structure import attention, feed_forward, layers
+from hf_prune.structure import attention, feed_forward, layers, parts
 from hf_prune.structure.cost import count_macs
 from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames
-from hf_prune.structure.sites import ModelStructure, Refusal, Site, WeightSite
+from hf_prune.structure.sites import ModelStructure, Part, Refusal, Site, Target, WeightSite, kind_of
 
 
 def inspect_model(model: nn.Module) -> ModelStructure:
@@ -34,11 +34,12 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     neurons = list(_found(feed_forward.find_sites(names), refusals))
     blocks = list(_found(layers.find_sites(names, stacks, [*heads, *neurons]), refusals))
     refusals += stack_refusals
+    of_blocks = list(_found(parts.find_sites(names, stacks), refusals))
     config = getattr(model, "config", None)
     return ModelStructure(
         model_class=type(model).__name__,
         model_type=getattr(config, "model_type", "") or "",
-        sites=(*blocks, *heads, *neurons),
+        sites=(*blocks, *of_blocks, *heads, *neurons),
         weights=tuple(_weight_sites(names)),
         refusals=tuple(refusals),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -55,20 +56,20 @@ def _count_macs(model: nn.Module) -> tuple[int, dict[str, list[int]]] | None:
         return None  # no config, or code that asks for a number that only real tensors have
 
 
-def require_sites(structure: ModelStructure, target: str) -> tuple[Site, ...]:
-    """The sites of `target`.
+def require_sites(structure: ModelStructure, target: Target, part: Part = "block") -> tuple[Site, ...]:
+    """The sites of `target`, of layers those of a part.
 
     Raises:
         UnsupportedModelError: there are none; the message says what was found instead.
     """
-    sites = structure.of(target)  # type: ignore[arg-type]
+    sites, kind = structure.of(target, part), kind_of(target, part)
     if sites:
         return sites
-    refused = [f"{refusal.name}: {refusal.reason}" for refusal in structure.refusals if refusal.target == target]
-    found = ", ".join(sorted({site.target for site in structure.sites})) or "no units"
+    refused = [f"{refusal.name}: {refusal.reason}" for refusal in structure.refusals if refusal.kind == kind]
+    found = ", ".join(sorted({site.kind for site in structure.sites})) or "no units"
     reason = "; ".join(dict.fromkeys(refused)) or "no block matches a known layout"
     raise UnsupportedModelError(
-        f"{structure.model_class} has no {target} that can be pruned: {reason}. Found: {found}. "
+        f"{structure.model_class} has no {kind} that can be pruned: {reason}. Found: {found}. "
         "Target `weights` works on every model."
     )
 

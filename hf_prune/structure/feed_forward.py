@@ -15,21 +15,26 @@ from hf_prune.structure.sites import Attribute, Read, Refusal, Site, Span
 def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
     """One site for each module that matches a feed-forward layout by names and shapes."""
     for name in names.modules:
-        for layout in FEED_FORWARD_LAYOUTS:
-            if all(is_linear(names.get(name, part)) for part in layout.parts):
-                result = _site(names, name, layout)
-                if result is not None:
-                    yield result
-                break
+        layout = matching(names, name)
+        if layout is not None:
+            yield _site(names, name, layout)
 
 
-def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site | Refusal | None:
+def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
+    """The layout of the feed-forward `name`, if it is one by names and widths: d_model -> d_ff -> d_model."""
+    for layout in FEED_FORWARD_LAYOUTS:
+        if all(is_linear(names.get(name, part)) for part in layout.parts):
+            *inputs, output = (names.modules[names.resolve(name, part)] for part in layout.parts)
+            alike = all(d_out(module) == d_in(output) * layout.stacked for module in inputs)
+            return layout if alike else None
+    return None
+
+
+def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site | Refusal:
     output_name = names.resolve(name, layout.output)
     output = names.modules[output_name]
     d_ff = d_in(output)
     inputs = [(names.resolve(name, part), names.modules[names.resolve(name, part)]) for part in layout.inputs]
-    if any(d_out(module) != d_ff * layout.stacked for _, module in inputs):
-        return None  # names alike by accident: not a pair d_model -> d_ff -> d_model
     norm = _norm_over_units(names.modules[name], d_ff, d_out(output))
     if norm:
         return Refusal("ffn_neurons", name, f"{norm} normalises over all neurons, so removing some changes the rest")

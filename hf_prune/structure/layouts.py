@@ -123,11 +123,16 @@ NORM_EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 # What the first block owns and hands to the others; it moves to the first kept block. (module, flag beside it)
 OWNED_BY_FIRST_BLOCK: tuple[tuple[str, str], ...] = (("relative_attention_bias", "has_relative_attention_bias"),)
 
+# What blocks call an attention that reads another stack's outputs; a block's own has none of these in its name.
+CROSS_ATTENTION_WORDS = ("cross", "encoder_attn", "encdec")
+
 # Config switches under which an attention adds a bias by head number (ALiBi): slopes would change with the count.
 ALIBI_ARGUMENT = "alibi"
 
 # Config switches that make a layer's function depend on its number.
 LAYER_NUMBER_SWITCHES = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers")
+# The config's list of each layer's kind, by which caches of keys differ.
+LAYER_KINDS = "layer_types"
 # Modules beside a stack that are wired to a fixed position in it (DeBERTa-v2's convolution after block 0).
 FIXED_POSITION_SIBLINGS = ("conv",)
 # Where one block is called several times, the config field that holds the number of calls, read in forward (ALBERT).

@@ -25,6 +25,10 @@ class ModuleNames:
     def get(self, base: str, path: str) -> nn.Module | None:
         return self.modules.get(self.resolve(base, path))
 
+    def inside(self, name: str) -> Iterator[str]:
+        """The modules below `name`."""
+        return (other for other in self.modules if other.startswith(f"{name}."))
+
     def parent(self, name: str) -> str:
         return name.rpartition(".")[0]
 

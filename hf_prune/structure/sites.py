@@ -20,6 +20,12 @@ from torch import Tensor
 
 Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
 UNIT_TARGETS: tuple[Target, ...] = ("ffn_neurons", "attention_heads", "layers")
+Part = Literal["block", "attention", "feed_forward"]
+
+
+def kind_of(target: str, part: str = "block") -> str:
+    """What units are, in one word: their target, and of a layer's part which: `layers.attention`."""
+    return target if part == "block" else f"{target}.{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,20 @@ class Read:
     span: Span
 
 
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One block's part: what it adds to the residual stream becomes zero when its `parameters` do.
+
+    `modules` are what holds them and leaves: the attention or feed-forward itself, or its projections where the block
+    holds those; `output` is the projection that writes last.
+    """
+
+    block: str
+    modules: tuple[str, ...]
+    output: str
+    parameters: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Site:
     """Units of one kind that compete with each other, and everything that leaves with them."""
@@ -109,11 +129,24 @@ class Site:
     reads: tuple[Read, ...] = ()
     # target `layers` only: the blocks in call order (one name repeated where a block is shared)
     blocks: tuple[str, ...] = ()
+    # parts of layers only: what leaves with each unit, in the order of their blocks; a block may have no such part
+    part: Part = "block"
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """See `kind_of`."""
+        return kind_of(self.target, self.part)
 
     @property
     def key(self) -> str:
         """Unique in a model: the same module may hold heads and be a layer."""
-        return f"{self.target}:{self.name}"
+        return f"{self.kind}:{self.name}"
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What recipes and reports call the units: of a block's part, the number of its block."""
+        return tuple(self.blocks.index(branch.block) for branch in self.branches) or tuple(range(self.n_units))
 
     @property
     def is_shared(self) -> bool:
@@ -142,6 +175,12 @@ class Refusal:
     target: Target
     name: str
     reason: str
+    part: Part = "block"
+
+    @property
+    def kind(self) -> str:
+        """See `kind_of`."""
+        return kind_of(self.target, self.part)
 
 
 def _never() -> None:
@@ -163,9 +202,9 @@ class ModelStructure:
         repr=False, compare=False, default=_never
     )
 
-    def of(self, target: Target) -> tuple[Site, ...]:
-        """The sites of a unit target, in the model's order."""
-        return tuple(site for site in self.sites if site.target == target)
+    def of(self, target: Target, part: Part = "block") -> tuple[Site, ...]:
+        """The sites of a unit target, or of a part of its blocks, in the model's order."""
+        return tuple(site for site in self.sites if (site.target, site.part) == (target, part))
 
     @cached_property
     def macs(self) -> int | None:

@@ -18,7 +18,7 @@ def structure_table(structure: ModelStructure) -> str:
         table.add_column(column, justify="right" if column in ("sites", "units each") else "left", overflow="fold")
 
     def alike(site: Site) -> tuple[str, int, str]:
-        return site.target, site.n_units, _without_numbers(site.name)
+        return site.kind, site.n_units, _without_numbers(site.name)
 
     for (target, n_units, pattern), run in groupby(sorted(structure.sites, key=alike), key=alike):
         table.add_row(target, pattern, str(len(list(run))), str(n_units))
@@ -32,7 +32,7 @@ def structure_table(structure: ModelStructure) -> str:
     )
     console.print(table)
     reasons = sorted(
-        {(refusal.target, _without_numbers(refusal.name), refusal.reason) for refusal in structure.refusals}
+        {(refusal.kind, _without_numbers(refusal.name), refusal.reason) for refusal in structure.refusals}
     )
     for target, name, reason in reasons:
         console.print(f"refused: {target} of {name}: {reason}", soft_wrap=True, markup=False)

@@ -25,6 +25,7 @@ from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import measure_totals
 from hf_prune.structure import inspect_model
+from hf_prune.structure.sites import kind_of
 from hf_prune.training.movement import Movement
 from hf_prune.training.schedule import updates
 
@@ -121,10 +122,10 @@ class Pruner:
         return True
 
     def sparsity(self) -> dict[str, float]:
-        """The fraction that has left, by target of the recipe, of what earlier steps left there."""
+        """The fraction that has left, by kind (target, and part of layers), of what earlier steps left there."""
         if self._sparsity is None:
             reached = present.sparsity(self._structure, masks_of(self.model))
-            self._sparsity = {step.target: 0.0 for step in self.recipe.prune} | reached
+            self._sparsity = {kind_of(step.target, step.part): 0.0 for step in self.recipe.prune} | reached
         return self._sparsity
 
     def finish(

@@ -129,7 +129,7 @@ def test_variants(name, changes, refused, targets, tmp_path):
 def test_what_is_refused_says_why_and_changes_nothing(name, changes, target):
     model = zoo.build(name, **changes)
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
-    reason = next(refusal.reason for refusal in inspect_model(model).refusals if refusal.target == target)
+    reason = next(refusal.reason for refusal in inspect_model(model).refusals if refusal.kind == target)
     with pytest.raises(hf_prune.UnsupportedModelError) as caught:
         hf_prune.prune_(model, {"version": 1, "prune": [{"target": target, "sparsity": 0.5}]})
     assert reason in str(caught.value) and target in str(caught.value)

@@ -22,7 +22,7 @@ def shrunk(name, dtype=torch.float32, targets=("ffn_neurons", "attention_heads",
 def shrink_(model, targets, uneven=True):
     units = {}
     for number, site in enumerate(inspect_model(model).sites):
-        if site.target in targets:
+        if site.kind in targets:
             n_removed = {
                 "layers": 1,
                 "attention_heads": site.n_units // 2,

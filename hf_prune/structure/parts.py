@@ -1,0 +1,113 @@
+"""Sites of the parts of layers: a stack's attentions, or its feed-forwards; a unit is one block's.
+
+What leaves is what holds the projections: of a Llama block `self_attn`, of BERT's `attention.self` and
+`attention.output.dense`, whose norm stays. A block without such a part (it left before) has no unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from hf_prune.structure import attention, feed_forward, layouts
+from hf_prune.structure.layers import Stacks
+from hf_prune.structure.naming import ModuleNames, d_out, weight_of
+from hf_prune.structure.sites import Branch, Part, Refusal, Site
+
+
+def own_attentions(model: nn.Module, blocks: Sequence[str]) -> dict[int, str]:
+    """By number of the block, the module that is its own attention; none where it has left, or where there are several."""
+    names = ModuleNames(model)
+    found = {number: _attentions(names, block) for number, block in enumerate(blocks)}
+    return {number: in_block[0][0] for number, in_block in found.items() if len(in_block) == 1}
+
+
+class _Refused(Exception):
+    """This block's part can't be dropped soundly; the message is the reason."""
+
+
+def find_sites(names: ModuleNames, stacks: Stacks) -> Iterator[Site | Refusal]:
+    """For each stack at most one site of attentions (a block's own, not those to another stack) and one of feed-forwards."""
+    for name, blocks in stacks.items():
+        parts: tuple[Part, ...] = ("attention", "feed_forward")
+        for part in parts:
+            yield from _sites(names, name, blocks, part)
+
+
+def _sites(names: ModuleNames, name: str, blocks: tuple[str, ...], part: Part) -> Iterator[Site | Refusal]:
+    is_shared = len(set(blocks)) < len(blocks)
+    branches = []
+    for block in dict.fromkeys(blocks):
+        found = _attentions(names, block) if part == "attention" else _feed_forwards(names, block)
+        if not found:
+            continue
+        try:
+            if is_shared:
+                raise _Refused(f"{block} is called {len(blocks)} times, so that its parts are one for all calls")
+            if len(found) > 1:
+                raise _Refused(f"the block holds {len(found)} of them: {', '.join(module for module, _, _ in found)}")
+            branches.append(_branch(names, block, part, *found[0]))
+        except _Refused as reason:
+            yield Refusal("layers", block, str(reason), part)
+    if branches:
+        yield Site(name, "layers", len(branches), blocks=blocks, part=part, branches=tuple(branches))
+
+
+def _attentions(names: ModuleNames, block: str) -> list[tuple[str, list[str], str]]:
+    """The block's own attentions: the module, what holds its projections, the one that writes last."""
+    found = []
+    for name in names.inside(block):
+        layout = attention.matching(names, name)
+        within = name[len(block) + 1 :].lower()
+        if layout and within and not any(word in within for word in layouts.CROSS_ATTENTION_WORDS):
+            output = names.resolve(name, layout.output)
+            held = [name] if output.startswith(f"{name}.") else [name, output]
+            found.append((name, held, output))
+    return found
+
+
+def _feed_forwards(names: ModuleNames, block: str) -> list[tuple[str, list[str], str]]:
+    found = []
+    for name in (block, *names.inside(block)):
+        layout = feed_forward.matching(names, name)
+        if layout:
+            projections = [names.resolve(name, part) for part in layout.parts]
+            whole = name != block and not _holds_norm(names.modules[name], d_out(names.modules[projections[-1]]))
+            found.append((name, [name] if whole else projections, projections[-1]))
+    return found
+
+
+def _holds_norm(module: nn.Module, d_model: int) -> bool:
+    """Whether a norm over d_model is in it, as of the sum with the residual stream (MobileBERT): that has to stay."""
+    norms = [child for child in module.modules() if "Norm" in type(child).__name__]
+    return any(
+        isinstance(norm._parameters.get("weight"), Tensor) and weight_of(norm).numel() == d_model for norm in norms
+    )
+
+
+def _branch(names: ModuleNames, block: str, part: Part, name: str, held: list[str], output: str) -> Branch:
+    config = names.config_of(block)
+    if part == "attention":
+        for switch in layouts.LAYER_NUMBER_SWITCHES:
+            if getattr(config, switch, None):
+                raise _Refused(
+                    f"config.{switch} makes an attention's function depend on its number, which caches count by"
+                )
+        for owned, _ in layouts.OWNED_BY_FIRST_BLOCK:
+            if isinstance(names.get(name, owned), nn.Module):
+                raise _Refused(
+                    f"its {owned} serves all blocks of the stack; drop the whole block, and the next inherits it"
+                )
+    prefixes = tuple(f"{module}." for module in held)
+    around = names.parent(name)
+    while around != block and name != block:
+        if not isinstance(names.modules[around], nn.ModuleList):
+            for other, parameter in names.modules[around].named_parameters(around):
+                if parameter.dim() > 1 and not other.startswith(prefixes):
+                    raise _Refused(f"{around} also holds {other}, which would stay")
+        around = names.parent(around)
+    parameters = tuple(
+        other for module in held for other, _ in names.modules[module].named_parameters(module, remove_duplicate=False)
+    )
+    return Branch(block, tuple(held), output, parameters)
