@@ -102,7 +102,7 @@ def resize_(model: nn.Module, manifest: Any) -> None:
     """Give the modules named in `manifest` their kept sizes, with empty tensors, before weights are loaded.
 
     Everything is checked against the modules as the config built them before anything is allocated: sizes can only
-    be smaller, and all that is new is a bias of a linear layer. Called for a model of which only a part is there (the base of a task model), it resizes that part;
+    be smaller. Called for a model of which only a part is there (the base of a task model), it resizes that part;
     called twice, it does nothing the second time.
 
     Raises:
@@ -193,14 +193,6 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
             )
 
 
-def _short(value: Any) -> str:
-    """A stranger's value in an error: its first characters."""
-    return reprlib.repr(value)
-
-
-def _name(text: str) -> str:
-    return text if len(text) < 60 else f"{text[:56]}…"
-
 def _check_absent(name: str, module: nn.Module, returns: Any) -> None:
     known = (ZEROS, *argument_names(module))
     each = returns if isinstance(returns, list) and 0 < len(returns) <= 16 else [returns]
@@ -209,6 +201,14 @@ def _check_absent(name: str, module: nn.Module, returns: Any) -> None:
             f"{name}.absent is {_short(returns)}; expected what its call gives, of {', '.join(map(_name, known))}, or a list"
         )
 
+
+def _short(value: Any) -> str:
+    """A stranger's value in an error: its first characters."""
+    return reprlib.repr(value)
+
+
+def _name(text: str) -> str:
+    return text if len(text) < 60 else f"{text[:56]}…"
 
 
 def _is_count(value: Any) -> bool:

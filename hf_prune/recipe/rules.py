@@ -125,15 +125,6 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
 
 
-def _parsed(parse: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return parse(value)
-    except ValueError:
-        return None
-
-
-def step_schema() -> dict[str, Any]:
-    """The same rules in JSON Schema."""
 def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool) -> Iterator[tuple[str, str]]:
     allocation, target, scope = (
         _parsed(parse_allocation, step.get("allocation")),
@@ -156,6 +147,16 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
         )
 
 
+def _parsed(parse: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return parse(value)
+    except ValueError:
+        return None
+
+
+def step_schema() -> dict[str, Any]:
+    """The same rules in JSON Schema."""
+    is_n_m = _is("pattern", {"type": "string", "pattern": f"^{N_M}$"})
     no_amount = {"not": {"anyOf": [_given(name) for name in AMOUNTS]}}
     return {
         "allOf": [
@@ -165,7 +166,6 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
                 "else": {"oneOf": [_given(name) for name in AMOUNTS]},
             },
             {
-    is_n_m = _is("pattern", {"type": "string", "pattern": f"^{N_M}$"})
                 "if": _is("target", {"const": "weights"}),
                 "then": _where(
                     remove={"type": "null"},
@@ -185,6 +185,7 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
                     **_where(
                         target={"not": {"const": "layers"}},
                         scope={"not": {"const": "global"}},
+                        allocation={"type": "null"},
                     ),
                 },
             },
@@ -194,7 +195,6 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
                 if (lacking := EVERY_TARGET - entry.targets)
             ),
             *(
-                        allocation={"type": "null"},
                 {
                     "if": _is("criterion", _named(name)),
                     "then": _where(
@@ -218,15 +218,6 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
                 if entry.by_threshold
             ),
             *(
-                {"if": _is("compensation", _named(name)), "then": _where(target={"enum": sorted(entry.targets)})}
-                for name, entry in COMPENSATIONS.items()
-            ),
-            _where(schedule=_where(shrink={"const": "at_end"})),
-        ]
-    }
-
-
-            *(
                 {"if": _is(key, {"not": {"const": default}}), "then": then}
                 for key, default, then in (
                     ("min_sparsity", LIMITS["min_sparsity"], {**_given("sparsity"), "not": is_n_m}),
@@ -235,6 +226,15 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
             ),
             {"if": _given("allocation"), "then": {**_given("sparsity"), "not": is_n_m}},
             *(
+                {
+                    "if": _is("allocation", _named(name)),
+                    "then": {
+                        "required": [] if "layer" in entry.scopes else ["scope"],
+                        **_where(target={"enum": sorted(entry.targets)}, scope={"enum": sorted(entry.scopes)}),
+                    },
+                }
+                for name, entry in ALLOCATIONS.items()
+            ),
             *(
                 {"if": _is("compensation", _named(name)), "then": _where(target={"enum": sorted(entry.targets)})}
                 for name, entry in COMPENSATIONS.items()
@@ -254,15 +254,6 @@ def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool
     }
 
 
-                {
-                    "if": _is("allocation", _named(name)),
-                    "then": {
-                        "required": [] if "layer" in entry.scopes else ["scope"],
-                        **_where(target={"enum": sorted(entry.targets)}, scope={"enum": sorted(entry.scopes)}),
-                    },
-                }
-                for name, entry in ALLOCATIONS.items()
-            ),
 def _where(**properties: Any) -> dict[str, Any]:
     """These keys, where they are there."""
     return {"properties": properties}

@@ -24,7 +24,7 @@ AMOUNTS: dict[str, list[Any]] = {
 # every key of a step with values that are good somewhere; crossed with every good step
 OPTIONS: dict[str, list[Any]] = {
     **AMOUNTS,
-    "part": ["block"],
+    "part": ["block", "attention", "feed_forward"],
     "criterion": [
         *CRITERIA,
         {"name": "random", "seed": 3},

@@ -69,7 +69,11 @@ training: {learning_rte: 1e-3}
         ({"prune": [STEP | {"criterion": {"name": "random", "seed": "x"}}]}, "seed of criterion random is 'x'"),
         ({"prune": [STEP | {"criterion": {"name": "random", "sed": 1}}]}, "did you mean 'seed'"),
         ({"prune": [STEP | {"criterion": {"seed": 1}}]}, "expected a criterion's name"),
-        ({"prune": [STEP | {"part": "attention"}]}, "'attention' is not supported in this version"),
+        ({"prune": [STEP | {"part": "attention"}]}, "part attention is for target layers, not ffn_neurons"),
+        (
+            {"prune": [{"target": "layers", "part": "feed_forward", "sparsity": 0.2, "compensation": "linear"}]},
+            "linear is for whole layers; for a part take least_squares",
+        ),
         ({"prune": [STEP | {"exclude": "*.0.*"}]}, r"expected a list, such as \['*.0.*'\]"),
         ({"prune": [STEP | {"sparsity": True}]}, "prune.0.sparsity: True: expected a fraction"),
         ({"prune": [STEP | {"sparsity": "0.5"}]}, "prune.0.sparsity: '0.5': expected a fraction"),
@@ -121,6 +125,10 @@ training: {learning_rte: 1e-3}
         (
             {"prune": [STEP | {"compensation": {"name": "bias", "add": 1}}]},
             "add of compensation bias is 1; expected true",
+        ),
+        (
+            {"prune": [STEP | {"target": "layers", "compensation": {"name": "least_squares", "add": True}}]},
+            "add gives a bias to what lost heads or neurons",
         ),
         ({"prune": [STEP | {"compensation": {"name": "none", "add": True}}]}, "none takes no options; unknown: add"),
         (
