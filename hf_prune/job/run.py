@@ -26,6 +26,7 @@ from hf_prune.job.progress import Stages
 from hf_prune.job.sources import load_splits, one_line, resolve
 from hf_prune.job.tasks import Prepared, metrics_of, prepare
 from hf_prune.pipeline import prune_
+from hf_prune.planning import refuse_without_training
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.schema import OutputSection
 from hf_prune.report import PruningReport
@@ -82,6 +83,8 @@ def check(recipe: Recipe) -> None:
     resuming = bool((recipe.training or {}).get("resume_from_checkpoint"))
     check_output(directory, resuming=resuming)
     arguments(recipe, directory)
+    if recipe.training is None:
+        refuse_without_training(recipe)
     if output.push_to_hub:
         _check_push(_repo_id(output))
     resolve(recipe.data.name_or_path, "data.name_or_path")

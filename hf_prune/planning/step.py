@@ -96,7 +96,7 @@ class StepPlanner:
             gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
             if isinstance(self.criterion, PrunesMatrices):
                 return before & self._sparsify(self.criterion, weights, eligible, gone, progress, plan)
-            scores = self._scores(weights)
+            scores = self._scores(weights, gone)
             chosen = choose_weights(
                 self.step,
                 weights,
@@ -144,7 +144,7 @@ class StepPlanner:
                     self.recipe.seed,
                 )
             else:
-                scores = self._scores(sites)
+                scores = self._scores(sites, gone)
             chosen = choose(scores=scores)
             keep = KeepMasks(units=chosen.keep)
         plan.notes += [note for note in chosen.notes if note not in plan.notes]
@@ -152,7 +152,7 @@ class StepPlanner:
         # what an earlier update removed stays out, also where its site is no longer in question
         return before & keep
 
-    def _scores(self, sites: Sequence[Site | WeightSite]) -> dict[str, Tensor]:
+    def _scores(self, sites: Sequence[Site | WeightSite], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.criterion is None:
             return {}
         model, statistics = self._look(sites)
@@ -162,6 +162,10 @@ class StepPlanner:
                 scores[site.name] = self.criterion.score_weights(model, site, statistics)
             else:
                 scores[site.key] = self.criterion.score_units(model, site, statistics)
+        if self.step.threshold is not None and gone:
+            # what has left counts as below a threshold, whatever it would score now
+            least = min(float(score.min()) for score in scores.values())
+            scores |= {name: scores[name].masked_fill(out, least) for name, out in gone.items()}
         return scores
 
     def _allocate(self, sites: Sequence[Site | WeightSite], eligible: Mapping[str, Tensor]) -> Allocate | None:
