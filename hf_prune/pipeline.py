@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from hf_prune.apply.masks import masked_entries, masks_of, set_masks
+from hf_prune.apply.replace import remove_biases_, replace_, require_fitting
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
 from hf_prune.apply.verify import verify as verify_models
 from hf_prune.calibration.batches import first_sample, to_device
 from hf_prune.checkpoint import Verdict, settle_config_
-from hf_prune.errors import PruneError, UnsupportedModelError
+from hf_prune.errors import UnsupportedModelError
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
@@ -28,23 +29,18 @@ from hf_prune.structure.inputs import example_inputs
 
 
 def apply_(model: nn.Module, plan: PruningPlan) -> None:
-    """Mask what `plan` removes and put its replacement tensors in place. Masks only ever grow.
+    """Mask what `plan` removes and put its replacement tensors in place, new biases too. Masks only ever grow.
 
     Raises:
         PruneError: the plan was made for another model.
     """
     plan.require_model(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in plan.replacements.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise PruneError(f"the plan replaces {name} {tuple(tensor.shape)}, which this model has not")
+    require_fitting(model, plan.replacements, plan.added)
     masks = masks_of(model) & plan.masks
     set_masks(model, masks)
-    with torch.no_grad():
-        for name, tensor in plan.replacements.items():
-            parameters[name].copy_(tensor)
-        if plan.replacements:
-            set_masks(model, masks)
+    if plan.replacements:
+        replace_(model, plan.replacements)
+        set_masks(model, masks)
 
 
 def shrink_(model: nn.Module) -> ShrinkRecord:
@@ -197,11 +193,13 @@ class _Undo:
             (entry, entry.values(parameters[entry.name]))
             for entry in masked_entries(inspect_model(model), self.before & plan.masks)
         ]
-        self.replaced = {name: parameters[name].detach().clone() for name in plan.replacements}
+        self.added = [name for name in plan.added if name not in parameters]
+        self.replaced = {name: parameters[name].detach().clone() for name in plan.replacements.keys() - self.added}
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
         set_masks(model, self.before)
+        remove_biases_(model, self.added)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, value in self.replaced.items():
             parameters[name].copy_(value)

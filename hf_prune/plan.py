@@ -67,13 +67,15 @@ class PruningPlan:
     """What leaves, by step of the recipe, and the tensors that replace others; deciding is over.
 
     `base` holds the masks that were on the model before the recipe's first plan, `steps` one keep-mask set for
-    each step, `replacements` new tensors by parameter name (empty unless a method updates weights), `notes` what
-    the user should hear (rounding that could not be met, rules that removed nothing), `model` what it was made for.
+    each step, `replacements` new tensors by parameter name (empty unless a method updates weights), `added` those of them
+    that the model has not yet: biases of linear layers. `notes` is what the user should hear (rounding that could not be
+    met, rules that removed nothing), `model` what it was made for.
     """
 
     steps: list[KeepMasks]
     base: KeepMasks = field(default_factory=KeepMasks)
     replacements: dict[str, Tensor] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
     recipe: dict[str, Any] | None = None
     progress: float = 1.0
     notes: list[str] = field(default_factory=list)
@@ -114,6 +116,7 @@ class PruningPlan:
             "base": _counts(self.base),
             "steps": [_counts(masks) for masks in self.steps],
             "replacements": {name: list(tensor.shape) for name, tensor in self.replacements.items()},
+            **({"added": list(self.added)} if self.added else {}),
         }
 
     def mask_tensors(self) -> dict[str, Tensor]:
@@ -143,6 +146,7 @@ class PruningPlan:
                 raise ValueError(f"the mask {name} is {keep.dtype}; expected torch.bool")
             group[key] = keep
         kept = {name: plain[name] for name in ("recipe", "progress", "notes", "n_near_ties", "model")}
+        kept["added"] = list(plain.get("added", []))
         return cls(base=parts.pop("base"), steps=list(parts.values()), replacements=dict(replacements or {}), **kept)
 
     def save(self, directory: str | Path) -> None:

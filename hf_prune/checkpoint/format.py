@@ -95,7 +95,7 @@ def _entry(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
     shapes = {
         name: list(parameter.shape)
         for name, parameter in module._parameters.items()
-        if parameter is not None and _differs(parameter, stock._parameters.get(name))
+        if parameter is not None and _differs(parameter, stock, name)
     }
     theirs = numbers(stock)
     changed = {
@@ -111,8 +111,11 @@ def _entry(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
     return {key: part for key, part in parts.items() if part}
 
 
-def _differs(parameter: nn.Parameter, stock: nn.Parameter | None) -> bool:
-    return stock is not None and parameter.shape != stock.shape
+def _differs(parameter: nn.Parameter, stock: nn.Module, name: str) -> bool:
+    built = stock._parameters.get(name)
+    if built is None:
+        return name == "bias" and isinstance(stock, nn.Linear)  # all that a manifest can add
+    return parameter.shape != built.shape
 
 
 def put_manifest_(model: PreTrainedModel, manifest: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def resize_(model: nn.Module, manifest: Any) -> None:
     """Give the modules named in `manifest` their kept sizes, with empty tensors, before weights are loaded.
 
     Everything is checked against the modules as the config built them before anything is allocated: sizes can only
-    be smaller. Called for a model of which only a part is there (the base of a task model), it resizes that part;
+    be smaller, and all that is new is a bias of a linear layer. Called for a model of which only a part is there (the base of a task model), it resizes that part;
     called twice, it does nothing the second time.
 
     Raises:
@@ -159,9 +159,13 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
     for part in entry.values():
         if not isinstance(part, dict):
             raise ManifestError(f"the manifest's entry for {name!r} holds a {type(part).__name__}, not a mapping")
-    for tensor, shape in entry.get("tensors", {}).items():
+    tensors = entry.get("tensors", {})
+    adds_bias = "bias" in tensors and isinstance(module, nn.Linear) and module.bias is None
+    for tensor, shape in tensors.items():
         built = module._parameters.get(tensor)
         place = f"{name}.{_name(tensor)}"
+        if tensor == "bias" and adds_bias:
+            continue
         if built is None:
             raise ManifestError(f"the manifest gives {place} a size, but the module has no such parameter")
         if not isinstance(shape, list) or len(shape) != built.dim() or not all(_is_count(size) for size in shape):
@@ -170,6 +174,10 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
             raise ManifestError(
                 f"{place} has size {_short(shape)}, more than the {list(built.shape)} that the config builds"
             )
+    if adds_bias:
+        n_outputs, bias = tensors.get("weight", module.weight.shape)[0], tensors["bias"]
+        if bias != [n_outputs] or not _is_count(bias[0]):
+            raise ManifestError(f"{name}.bias has size {_short(bias)}; expected [{n_outputs}], one for each output")
     for attribute, value in entry.get("attributes", {}).items():
         built_value: Any = None if attribute.startswith("_") else module.__dict__.get(attribute)
         if (
@@ -217,8 +225,11 @@ def _is_count(value: Any) -> bool:
 
 def _resize_module(module: Any, entry: Mapping[str, Any]) -> None:
     for name, shape in entry.get("tensors", {}).items():
-        built = module.get_parameter(name)
-        if list(built.shape) != shape:
+        built = module._parameters[name]
+        if built is None:
+            bias = module.weight.detach().new_zeros(shape)
+            setattr(module, name, nn.Parameter(bias, requires_grad=module.weight.requires_grad))
+        elif list(built.shape) != shape:
             # a slice of the built tensor: right device and dtype, and no memory on the meta device
             smaller = built.detach()[tuple(slice(size) for size in shape)].clone()
             setattr(module, name, nn.Parameter(smaller, requires_grad=built.requires_grad))

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_prune.apply.replace import add_bias_, takes_bias
 from hf_prune.checkpoint.format import (
     differing,
     drop_manifest_,
@@ -96,30 +98,51 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
     views = view_fields(model)
     wanted = without_drift(sizes(model, views), sizes(base, views))
     widths: Edit = {}
-    missing = len(differing(wanted, sizes(base, views)))
-    for edit in _width_edits(model, base, with_depth):
+    has_new_biases = any(name.endswith(".bias") for name in wanted.keys() - sizes(base, views).keys())
+    missing, zeros = _missing(model, wanted, sizes(base, views), has_new_biases)
+    for edit in chain(_width_edits(model, base, with_depth), _bias_edits(with_depth) if has_new_biases else ()):
         if not missing:
             break
         built = _build(model, _edited(with_depth, {**widths, **edit}))
-        remaining = missing if built is None else len(differing(wanted, sizes(built, views)))
+        if built is None:
+            continue
+        remaining, unset = _missing(model, wanted, sizes(built, views), has_new_biases)
         if remaining < missing:
-            widths, missing = {**widths, **edit}, remaining
+            widths, missing, zeros = {**widths, **edit}, remaining, unset
     edits = {**depth, **(widths if not missing else {})}
     final = _build(model, _edited(config, edits))
     assert final is not None
     _adopt(model, final, edits)
     said = {f"{path}.{name}" if path else name: value for (path, name), value in edits.items()}
+    if not missing and zeros:
+        for name in zeros:
+            add_bias_(model.get_submodule(name.rpartition(".")[0]))
+        wanted = without_drift(sizes(model, views), sizes(final, views))
+        assert not differing(wanted, sizes(final, views))
     if not missing:
         drop_manifest_(model.config)
         for module in model.modules():
             if isinstance(view := module.__dict__.get("config"), ConfigView):
                 module.config = view.__dict__["_config"]
-        return Verdict("transformers", "its config says every size" if said else "its sizes are as they were", said)
+        why = "its config says every size" if said else "its sizes are as they were"
+        if zeros:
+            why += f", with {len(zeros)} biases of zeros beside those that were added"
+        return Verdict("transformers", why, said)
     manifest = manifest_of(model, final)
     _prove(final, manifest, wanted, views)
     put_manifest_(model, manifest)
     n_modules = len(manifest["modules"])
-    return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, which differ by layer", said)
+    which = "some of which have a bias more" if has_new_biases else "which differ by layer"
+    return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, {which}", said)
+
+
+def _missing(
+    model: nn.Module, wanted: Mapping[str, Any], found: Mapping[str, Any], may_add: bool
+) -> tuple[int, list[str]]:
+    """How many sizes differ from those wanted, and, if so allowed, the biases that the model could be given as zeros."""
+    names = differing(wanted, found)
+    zeros = [name for name in names if may_add and name not in wanted and takes_bias(model, name) == found[name][0]]
+    return len(names) - len(zeros), zeros
 
 
 def _prove(built: nn.Module, manifest: Any, wanted: Mapping[str, Any], views: Sequence[tuple[str, str]]) -> None:
@@ -263,6 +286,14 @@ def _width_edits(model: PreTrainedModel, built: PreTrainedModel, config: Any) ->
         )
         for old, new in changes:
             yield from _scaling_edits(config, fields, old, new)
+
+
+def _bias_edits(config: Any) -> Iterator[Edit]:
+    """Edits that make a config build biases that it now leaves out."""
+    for path, nested in _configs(config):
+        for name, value in nested.__dict__.items():
+            if value is False and "bias" in name:
+                yield {(path, name): True}
 
 
 def _entries_by_site(model: nn.Module) -> dict[str, int]:

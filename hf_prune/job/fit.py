@@ -5,15 +5,19 @@ from __future__ import annotations
 from torch import nn
 
 from hf_prune.allocation import select_sites
+from hf_prune.apply.replace import takes_bias
 from hf_prune.calibration.batches import first_sample
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import make_plan
+from hf_prune.planning.repair import Wanted
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.fields import Compensation, Criterion, MacBudget
+from hf_prune.recipe.schema import Step
 from hf_prune.report.build import Totals, measure_totals
 from hf_prune.structure import inspect_model, require_sites
 from hf_prune.structure.inputs import example_inputs
+from hf_prune.structure.naming import weight_of
 
 
 def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | None:
@@ -26,7 +30,8 @@ def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | 
         dense: its totals.
 
     Returns:
-        A plan of the steps whose numbers follow from sizes alone, with random scores; None if there are none.
+        A plan of the steps whose numbers follow from sizes alone, with random scores, and no repair but the biases that it
+        would add; None if there are none.
 
     Raises:
         RecipeError: it can't.
@@ -45,20 +50,33 @@ def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | 
                     f"prune.{number}.pattern: {m} of {step.pattern.n}:{m} does not divide the {d_in} inputs of "
                     f"{site.name}; add it to exclude"
                 )
-    planned = _of_sizes(recipe, with_macs=dense.macs is not None)
-    return None if planned is None else make_plan(model, planned)
+    steps = _of_sizes(recipe, with_macs=dense.macs is not None)
+    if not steps:
+        return None
+    without = {"criterion": Criterion(name="random"), "compensation": Compensation()}
+    plan = make_plan(
+        model, recipe.model_copy(update={"prune": tuple(step.model_copy(update=without) for step in steps)})
+    )
+    wanted = Wanted()
+    for step, masks in zip(steps, plan.steps, strict=True):
+        if step.compensation.add:
+            wanted.add(structure, step.target, step.compensation, masks)
+    for name in sorted(wanted.adding):
+        if length := takes_bias(model, f"{name}.bias"):
+            plan.replacements[f"{name}.bias"] = weight_of(model.get_submodule(name)).new_zeros(length)
+            plan.added.append(f"{name}.bias")
+    return plan
 
 
-def _of_sizes(recipe: Recipe, *, with_macs: bool) -> Recipe | None:
-    """The steps whose numbers follow from sizes alone, with random scores and no repair; None if there are none."""
-    steps = tuple(
-        step.model_copy(update={"criterion": Criterion(name="random"), "compensation": Compensation()})
+def _of_sizes(recipe: Recipe, *, with_macs: bool) -> list[Step]:
+    """The steps whose numbers follow from sizes alone."""
+    return [
+        step
         for step in recipe.prune
         if step.target != "weights"
         and step.threshold is None
         and (with_macs or not isinstance(step.sparsity, MacBudget))
-    )
-    return recipe.model_copy(update={"prune": steps}) if steps else None
+    ]
 
 
 def totals(model: nn.Module) -> Totals:

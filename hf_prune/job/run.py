@@ -31,6 +31,7 @@ from hf_prune.recipe import Recipe
 from hf_prune.recipe.schema import OutputSection
 from hf_prune.report import PruningReport
 from hf_prune.training import PruningTrainer
+from hf_prune.training.pruner import require_known_parameters
 
 
 BATCH_SIZES = (1, 8)
@@ -85,6 +86,8 @@ def check(recipe: Recipe) -> None:
     arguments(recipe, directory)
     if recipe.training is None:
         refuse_without_training(recipe)
+    else:
+        require_known_parameters(recipe)
     if output.push_to_hub:
         _check_push(_repo_id(output))
     resolve(recipe.data.name_or_path, "data.name_or_path")

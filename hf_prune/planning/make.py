@@ -102,7 +102,7 @@ class _Repairs:
                 f"compensation {step.compensation.name} of {step.target} is fitted on data; pass `calibration`, an iterable "
                 "of the keyword inputs that the model takes"
             )
-        self.wanted.add(self.structure, step.target, step.compensation.name, masks)
+        self.wanted.add(self.structure, step.target, step.compensation, masks)
         self.is_due = True
 
     def make(self) -> None:
@@ -119,6 +119,7 @@ class _Repairs:
                 seed=self.seed,
             )
             plan.replacements.update(found.values)
+            plan.added += found.added
             notes = [*found.notes, *([found.note()] if found.ridges else [])]
             plan.notes += [note for note in notes if note not in plan.notes]
             self.is_due = False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.present import kept_entries
+from hf_prune.apply.replace import add_bias_, remove_biases_
 from hf_prune.calibration.batches import dealt
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
@@ -26,6 +27,7 @@ from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
 from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks
+from hf_prune.recipe.fields import Compensation
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
 
@@ -35,19 +37,22 @@ class Wanted:
 
     projections: set[str] = field(default_factory=set)  # by name: output projections that lost inputs
     biases: set[str] = field(default_factory=set)  # of which the bias alone
+    adding: set[str] = field(default_factory=set)  # of both, those that get a bias where they have none
     before_runs: bool = False  # the projection before each run of dropped layers
     after_drops: bool = False  # every output projection of the blocks behind the first dropped one
 
-    def add(self, structure: ModelStructure, target: str, compensation: str, masks: KeepMasks) -> None:
+    def add(self, structure: ModelStructure, target: str, compensation: Compensation, masks: KeepMasks) -> None:
         """What one step asks for, given what it removes."""
         if target == "layers":
             self.before_runs = True
-            self.after_drops |= compensation == "least_squares"
+            self.after_drops |= compensation.name == "least_squares"
             return
         for key, keep in masks.units.items():
             if not keep.all():
                 reads = {read.module for read in structure[key].reads}
-                (self.biases if compensation == "bias" else self.projections).update(reads)
+                (self.biases if compensation.name == "bias" else self.projections).update(reads)
+                if compensation.add:
+                    self.adding |= reads
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Repaired:
     """What `repair` found: new weights and biases by parameter name, of the parameters' own shapes and dtypes."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)  # of these, the biases that the model has not
     ridges: list[float | None] = field(default_factory=list)  # by projection; None where a change made it worse
     n_tokens: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -66,7 +72,8 @@ class Repaired:
         kept = len(self.ridges) - len(ridges)
         left = f"; {kept} left as they were, where no change did better on the part held out" if kept else ""
         tokens = " to ".join(dict.fromkeys(str(n) for n in (min(self.n_tokens), max(self.n_tokens))))
-        return f"{len(ridges)} output projections were refitted on {tokens} tokens{between}{left}"
+        new = f"; {len(self.added)} of them got a bias" if self.added else ""
+        return f"{len(ridges)} output projections were refitted on {tokens} tokens{between}{left}{new}"
 
 
 def repair(
@@ -165,9 +172,8 @@ class _StackRepair:
         """Which of a block's output projections to refit, by their names in the model."""
         if not self.kept[position]:
             return []
-        if self.wanted.after_drops and position > first_drop:
-            return list(reads)
-        if self.wanted.before_runs and position + 1 < len(self.kept) and not self.kept[position + 1]:
+        is_behind = self.wanted.after_drops and position > first_drop
+        if is_behind or (self.wanted.before_runs and position + 1 < len(self.kept) and not self.kept[position + 1]):
             return list(reads)
         return [read for read in reads if read in self.wanted.projections | self.wanted.biases]
 
@@ -238,13 +244,19 @@ class _StackRepair:
     ) -> dict[str, Tensor]:
         """Refit one projection of `scratch`, in place; its new tensors by name."""
         name = f"{self.blocks[position]}.{junction.projection}"
-        linear = Linear.of(scratch.get_submodule(junction.projection))
-        weight, bias, matrix = linear.weight, linear.bias, linear.matrix
+        module = scratch.get_submodule(junction.projection)
         only_bias = name in self.wanted.biases and name not in self.wanted.projections
-        if only_bias and bias is None:
+        lacks_bias = getattr(module, "bias", None) is None
+        is_new = lacks_bias and name in self.wanted.adding
+        if is_new:
+            add_bias_(module)
+        elif only_bias and lacks_bias:
             raise RecipeError(
-                f"compensation bias: {name} has no bias to take what left; use least_squares, or exclude it"
+                f"compensation bias: {name} has no bias to take what left; use least_squares, {{name: bias, add: true}}, "
+                "which gives it one, or exclude it"
             )
+        linear = Linear.of(module)
+        weight, bias, matrix = linear.weight, linear.bias, linear.matrix
         d_out, d_in = matrix.shape
         n = (0 if only_bias else d_in) + (bias is not None)
         moments = [Moments.zeros(n, d_out, weight.device) for _ in range(2)]
@@ -275,6 +287,11 @@ class _StackRepair:
             found = refit(fit, test, n_free=n_free, may_change=may_change)
         self.found.ridges.append(0.0 if only_bias else found.ridge)
         self.found.n_tokens.add(fit.n_tokens + test.n_tokens)
+        if is_new and self.found.ridges[-1] is None:
+            remove_biases_(module, ["bias"])  # where no change does better it would be zeros
+            bias = None
+        elif is_new:
+            self.found.added.append(f"{name}.bias")
         change = torch.zeros(d_out, n, dtype=torch.float64, device=weight.device)
         change[:, index] = found.change
         new = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.apply.masks import masked_entries
+from hf_prune.apply.replace import replace_
 from hf_prune.calibration.blocks import Chain, Place, scratch_copy
 from hf_prune.calibration.residual import Junction
 from hf_prune.errors import RecipeError
@@ -24,10 +25,11 @@ def masked_copy(
 ) -> nn.Module:
     """A copy of the module `block`, without hooks, with `replacements` in place, in which `masks` are zeros."""
     scratch = scratch_copy(model.get_submodule(block))
+    replace_(
+        scratch,
+        {name[len(block) + 1 :]: tensor for name, tensor in replacements.items() if name.startswith(f"{block}.")},
+    )
     parameters = dict(scratch.named_parameters(remove_duplicate=False))
-    for name, tensor in replacements.items():
-        if name.startswith(f"{block}."):
-            parameters[name[len(block) + 1 :]].copy_(tensor)
     inside = {name: keep for name, keep in masks.weights.items() if name.startswith(f"{block}.")}
     for entry in masked_entries(structure, KeepMasks(masks.units, inside)):
         if entry.name.startswith(f"{block}."):

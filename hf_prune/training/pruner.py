@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_prune.apply import present
 from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
 from hf_prune.calibration.batches import first_sample
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, RecipeError
 from hf_prune.pipeline import apply_, finish_, verification_batches
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import Batches, RecipeLike, make_plan
@@ -77,6 +77,7 @@ class Pruner:
         self._accumulation = getattr(optimizer, "gradient_state", None)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.recipe = Recipe.load(recipe)
+        require_known_parameters(self.recipe)
         self.calibration = calibration
         self.n_done = 0
         self.plan: PruningPlan | None = None
@@ -238,6 +239,20 @@ class Pruner:
                 if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                     for entry in entries:
                         entry.zero_(moment)
+
+
+def require_known_parameters(recipe: Recipe) -> None:
+    """Refuse repairs that add parameters: the optimizer, its schedule and wrappers know those that were there.
+
+    Raises:
+        RecipeError: naming the step.
+    """
+    for number, step in enumerate(recipe.prune):
+        if step.compensation.add:
+            raise RecipeError(
+                f"prune.{number}.compensation: add makes new biases, which the optimizer wouldn't train. Leave it out, or "
+                "prune in one shot: prune_, or hf-prune run without the section training"
+            )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

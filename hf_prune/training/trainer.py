@@ -23,7 +23,7 @@ from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.planning import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.training.pruner import Pruner, unwrap
+from hf_prune.training.pruner import Pruner, require_known_parameters, unwrap
 from hf_prune.training.state import load_state, save_state
 
 
@@ -62,6 +62,8 @@ class PruningMixin(_Base):
         if teacher_model is not None:
             raise RecipeError("teacher_model is for distillation, which is not supported in this version of hf_prune")
         self.recipe = None if recipe is None else Recipe.load(recipe)
+        if self.recipe is not None:
+            require_known_parameters(self.recipe)
         super().__init__(*args, **kwargs)
         self.calibration_dataset = calibration_dataset
         self.pruner: Pruner | None = None
