@@ -74,6 +74,36 @@ def n_samples(inputs: Mapping[str, Any], index: int = 0) -> int:
     return len(tensors.get("input_ids", next(iter(tensors.values()))))
 
 
+def shortfall(batches: Sequence[Mapping[str, Any]], samples: int | None, length: int | None) -> list[str]:
+    """What the data fall short of, in words: nothing where they do not.
+
+    Args:
+        batches: that were used.
+        samples, length: how many samples, of how many tokens, were asked for; None where nobody did.
+    """
+    said = []
+    n_there = sum(n_samples(batch, index) for index, batch in enumerate(batches))
+    if samples is not None and n_there < samples:
+        said.append(
+            f"the calibration data ended after {n_there} samples, of {samples} that calibration.samples asks for"
+        )
+    longest = max((_n_tokens(batch) for batch in batches), default=0)
+    if length is not None and 0 < longest < length:
+        said.append(
+            f"the longest calibration sample has {longest} tokens, of {length} that calibration.length asks for"
+        )
+    return said
+
+
+def _n_tokens(batch: Mapping[str, Any]) -> int:
+    """Of the longest sample, without padding; 0 where there are no tokens."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return 0
+    is_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
+    return int((mask != 0).sum(1).max()) if is_mask else ids.shape[1]  # type: ignore[union-attr]
+
+
 def _first(inputs: Inputs, size: int, wanted: int) -> Inputs:
     def cut(value: Any) -> Any:
         return value[:wanted] if isinstance(value, Tensor) and value.dim() and len(value) == size else value

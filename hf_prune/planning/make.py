@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.masks import masks_of
+from hf_prune.calibration.batches import shortfall
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import KeepMasks, PruningPlan, made_for
 from hf_prune.planning.repair import Wanted, repair
@@ -64,6 +65,7 @@ def make_plan(
         n_near_ties=previous.n_near_ties if previous else 0,  # the cut of an earlier update may have fallen otherwise
     )
     repairs = _Repairs(model, structure, plan, batches, recipe.seed)
+    reads_data = False
     for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
         before = previous.steps[number] if previous else KeepMasks()
         if reached <= 0:
@@ -71,11 +73,16 @@ def make_plan(
             continue
         earlier = previous.masks if previous else KeepMasks()
         planner = StepPlanner(model, structure, recipe, step, batches, plan.masks, earlier, movement)
+        reads_data |= planner.reads_data or step.compensation.name != "none"
         if planner.updates_weights:
             repairs.make()  # what is repaired is then pruned further, not the other way round
         plan.steps.append(planner.choose(before, reached, plan))
         repairs.ask_for(step, plan.steps[-1])
     repairs.make()
+    if reads_data and batches:
+        asked = recipe.calibration
+        wanted = {name: getattr(asked, name) for name in ("samples", "length") if name in asked.model_fields_set}
+        plan.notes += shortfall(batches, wanted.get("samples"), wanted.get("length"))
     for name, tensor in plan.replacements.items():
         if not torch.isfinite(tensor).all():
             raise CalibrationError(

@@ -86,6 +86,12 @@ class StepPlanner:
         """Whether the criterion chooses weights block by block, and gives those that stay new values."""
         return isinstance(self.criterion, PrunesMatrices)
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether the criterion looks at calibration data."""
+        measures = isinstance(self.criterion, (PrunesMatrices, RanksUnits))
+        return self.criterion is not None and (measures or bool(self.criterion.needs(self.step.target)))
+
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         """What the step keeps after this update; notes, near-ties and new values go into `plan`."""
         if self.step.target == "weights":
@@ -178,7 +184,9 @@ class StepPlanner:
         """The model that criterion and allocation look at, and all that they need to know of it, from one pass."""
         if self.looked is not None:
             return self.looked
-        needs = frozenset().union(*(each.needs(self.step.target) for each in (self.criterion, self.allocation) if each))
+        needs = frozenset().union(
+            *(each.needs(self.step.target) for each in (self.criterion, self.allocation) if each)
+        )
         of_data = needs - NEEDS_OF_TRAINING
         model, statistics = self.model, Statistics()
         if of_data:

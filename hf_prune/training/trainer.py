@@ -191,7 +191,7 @@ class PruningMixin(_Base):
             n_batches = -(-calibration.samples // batch_size)
             batches = [dict(batch) for batch in islice(loader, n_batches)]  # fewer where the data ends before
         n_available = sum(n_samples(batch) for batch in batches)
-        return take(batches, min(n_available, calibration.samples))
+        return take(batches, min(n_available, calibration.samples) or None)
 
 
 @contextmanager
