@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 LENGTH, BATCH_SIZE = 512, 8
-WINDOWS = "windows.safetensors"
+WINDOWS, EVALUATION = "windows.safetensors", "evaluation/"
 # what a method is asked for -> the page's heading; the rows below one heading compare
 WEIGHTS, N_OF_M, STRUCTURED = "50 % of the weights", "2:4", "20 % of the parameters, structured"
 TENTH_OF_LAYERS, FIFTH_OF_LAYERS = "10 % of the layers", "20 % of the layers"
@@ -43,7 +43,7 @@ def save_windows(
     inputs: Path, calibration: torch.Tensor, evaluation: Mapping[str, torch.Tensor], origin: Mapping[str, str]
 ) -> None:
     """Token ids (n_windows, LENGTH) beside the model in `inputs`, and where the texts come from."""
-    texts = {f"evaluation/{name}": ids for name, ids in evaluation.items()}
+    texts = {EVALUATION + name: ids for name, ids in evaluation.items()}
     save_file({"calibration": calibration, **texts}, inputs / WINDOWS, metadata=dict(origin))
 
 
@@ -53,7 +53,7 @@ def calibration_windows(inputs: Path) -> torch.Tensor:
 
 def evaluation_windows(inputs: Path) -> dict[str, torch.Tensor]:
     windows = load_file(inputs / WINDOWS)
-    return {name.removeprefix("evaluation/"): ids for name, ids in windows.items() if name != "calibration"}
+    return {name.removeprefix(EVALUATION): ids for name, ids in windows.items() if name != "calibration"}
 
 
 def measure_all(
@@ -119,7 +119,8 @@ def mean_loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
 
 def share_of_zeros(model: torch.nn.Module) -> float:
     """Among the weights of all matrices but embeddings and the output head."""
-    skipped = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    skipped = {id(module.weight) for module in (*tables, model.get_output_embeddings())}
     matrices = [weight for weight in model.parameters() if weight.ndim == 2 and id(weight) not in skipped]
     return sum(int((weight == 0).sum()) for weight in matrices) / sum(weight.numel() for weight in matrices)
 
@@ -133,7 +134,7 @@ def in_own_process(function: Callable, *arguments: Any) -> Any:
 def describe(inputs: Path, packages: Iterable[str]) -> dict[str, Any]:
     """All that a figure depends on besides the method."""
     with safe_open(inputs / WINDOWS, "pt") as windows:
-        sizes = {name: windows.get_slice(name).get_shape()[0] for name in windows.keys()}  # noqa: SIM118
+        sizes = {name.removeprefix(EVALUATION): windows.get_slice(name).get_shape()[0] for name in windows.keys()}  # noqa: SIM118
         origin = windows.metadata()
     hashed = hashlib.sha256()
     for path in sorted(inputs.glob("*.safetensors")):
@@ -143,8 +144,8 @@ def describe(inputs: Path, packages: Iterable[str]) -> dict[str, Any]:
         "inputs": hashed.hexdigest(),
         "windows": sizes,
         "origin": origin,
-        "packages": {name: version(name) for name in (*packages, "transformers", "torch")},
-        "hardware": f"{os.cpu_count()}-core {platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "packages": {name: _version(name) for name in (*packages, "transformers", "torch")},
+        "hardware": f"{os.cpu_count()}-core {platform.machine()} CPU (threads used: {torch.get_num_threads()})",
     }
 
 
@@ -183,6 +184,15 @@ def _rows_so_far(file: Path | None, run: Mapping) -> dict[str, dict]:
             f"{file} holds another run, with different {', '.join(differing)}: remove it, or name another file"
         )
     return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise SystemExit(
+            f"{package} is not installed in this environment; the head of the script says what is"
+        ) from None
 
 
 def _peak_mib() -> float:
