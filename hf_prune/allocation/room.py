@@ -162,6 +162,11 @@ def check_floors(step: Any, room: Room, is_each_by_itself: bool) -> None:
         RecipeError: naming the site whose own share is below its floor, or the sum.
     """
     floors = {site.key: share_for(step.min_sparsity, site, 0.0) for site in room.sites}
+    for site in room.sites:
+        if floors[site.key] > (ceiling := share_for(step.max_sparsity, site, 1.0)):
+            raise RecipeError(
+                f"min_sparsity {floors[site.key]} of {name_of(site)} is above its max_sparsity {ceiling}"
+            )
     share, least = room.total / (room.size or 1.0), sum(floors[key] * room.sizes[key] for key in floors)
     if is_each_by_itself:
         for site in room.sites:
