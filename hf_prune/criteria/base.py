@@ -42,9 +42,10 @@ class RanksUnits(Criterion, Protocol):
         sites: Sequence[Site],
         batches: Sequence[Mapping[str, Any]],
         n_removed: Mapping[str, int],
+        there: Mapping[str, Tensor],
         seed: int,
     ) -> dict[str, Tensor]:
-        """Float32 scores (n_units,) on the CPU, by site key, given how many units leave each site."""
+        """Float32 scores (n_units,) on the CPU, by site key, given how many leave each site of the units that are `there`."""
 
 
 class PrunedMatrix(NamedTuple):
@@ -70,8 +71,11 @@ class PrunesMatrices(Criterion, Protocol):
 def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tensor]) -> Tensor:
     """The mean of `of(parameter name, parameter)`, elementwise, over all entries of each unit: float64 (n_units,).
 
-    For heads and neurons over every slice that leaves together, biases in; for layers over the block's parameters.
+    For heads and neurons over every slice that leaves together, biases in; for layers and their parts over all parameters.
     """
+    if site.branches:
+        held = [[of(name, model.get_parameter(name)).double().reshape(-1).cpu() for name in b.parameters] for b in site.branches]
+        return torch.stack([torch.cat(values).mean() for values in held])
     if site.target == "layers":
         means: dict[str, Tensor] = {}
         for block in dict.fromkeys(site.blocks):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,23 +17,31 @@ from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import no_weights
-from hf_prune.errors import CalibrationError, RecipeError
+from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
+from hf_prune.structure import stacks_of
 from hf_prune.structure.sites import Site, Target, WeightSite
+
+
+# (number of a batch, units out already, units to try) -> the summed loss without those out and one that is tried, each
+Measure = Callable[[int, Sequence[int], Sequence[int]], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
 class LossChange:
-    """L(without the layer) - L, measured; greedy: once a layer is chosen to leave, the others are measured without it.
+    """L(without the unit) - L, measured; greedy: once a unit is chosen to leave, the others of its site are measured without
+    it.
 
-    Against the whole model it is the perplexity criterion of Kim et al. 2024 (Shortened LLaMA), who remove all in one shot;
-    greedy, the iterated check of SLEB (Song et al. 2024). Perplexity is the exponential of the loss, and ranks alike.
+    Layers against the whole model: the perplexity criterion of Kim et al. 2024 (Shortened LLaMA), who remove all in one
+    shot; greedy, the iterated check of SLEB (Song et al. 2024). Perplexity is the exponential of the loss, and ranks alike.
+    Heads and neurons: the ablation of Michel et al. 2019 (section 3.2), on the loss; what the output projection reads of
+    the unit is zero. (Where a norm runs over all heads, the others aren't rescaled.)
 
     Args:
-        greedy: measure anew after each removal; else all against the whole model.
-        samples: how many calibration samples to measure on; each costs about half a forward pass for each layer tried.
+        greedy: measure anew after each removal; else all against the whole model. If None: for layers.
+        samples: how many calibration samples to measure on; each costs about half a forward pass for each unit tried.
     """
 
-    greedy: bool = True
+    greedy: bool | None = None
     samples: int = 8
     loss_units: ClassVar[bool] = True
 
@@ -55,66 +64,149 @@ class LossChange:
         sites: Sequence[Site],
         batches: Sequence[Mapping[str, Any]],
         n_removed: Mapping[str, int],
+        there: Mapping[str, Tensor],
         seed: int,
     ) -> dict[str, Tensor]:
-        """Scores by site key, float32 (n_units,): the loss change; greedy: those that leave first score lowest.
-
-        Args:
-            n_removed: by site key, how many will leave.
-            batches: calibration, with labels where the model needs them for a loss.
+        """Scores by site key, float32 (n_units,): the loss change; greedy: those that leave first score lowest. 0 of what is gone.
 
         Raises:
             CalibrationError: there is no loss, or it is not finite.
             RecipeError: a layer is called several times.
         """
-        n_there = sum(n_samples(batch, index) for index, batch in enumerate(batches))
-        chosen = take(batches, min(self.samples, n_there))
-        mine = [with_labels(model, batch) for batch in dealt(chosen, next(model.parameters()).device)]
+        n_given = sum(n_samples(batch, index) for index, batch in enumerate(batches))
+        chosen = take(batches, min(self.samples, n_given))
+        scores = {}
         with evaluation(model, seed), torch.no_grad():
-            return {site.key: self._rank(model, site, mine, n_removed[site.key]) for site in sites}
+            mine = [with_labels(model, batch) for batch in dealt(chosen, next(model.parameters()).device)]
+            whole = _mean_losses(model, mine, lambda number: [_loss_of(model, mine[number])], 1)
+            for site, measure in _measures(model, sites, mine):
+                units = torch.nonzero(there[site.key]).reshape(-1).tolist()
+                n_leaving = n_removed[site.key] if self._is_greedy(site) else 0
+                change = _rank(model, mine, measure, units, n_leaving, whole)
+                scores[site.key] = torch.zeros(site.n_units).index_put_((torch.tensor(units),), change.float())
+        return scores
 
-    def _rank(self, model: nn.Module, site: Site, batches: Sequence[Batch], n_removed: int) -> Tensor:
-        if site.is_shared:
-            raise RecipeError(
-                f"criterion loss_change: {site.name} is one block called {site.n_units} times; use another"
-            )
-        chain = record_chain(model, site.name, site.blocks, batches, {})
-        scores = _losses(model, chain, []) - _loss(model, chain, n_units=site.n_units)
-        order: list[int] = []
-        while self.greedy and len(order) < n_removed:
-            order.append(int(scores.masked_fill(_at(order, site.n_units), torch.inf).argmin()))
-            if len(order) < n_removed:
-                scores = _losses(model, chain, order)
-        # those chosen come first, in their order, below all others
-        for place, unit in enumerate(reversed(order)):
-            scores[unit] = scores.min() - 1 - place
-        return scores.float()
+    def _is_greedy(self, site: Site) -> bool:
+        return site.target == "layers" if self.greedy is None else self.greedy
 
 
-def _losses(model: nn.Module, chain: Chain, dropped: Sequence[int]) -> Tensor:
-    """The mean loss without `dropped` and one further layer: float64 (n_units,), zero for the dropped."""
-    losses = torch.zeros(len(chain.blocks), dtype=torch.float64)
-    kept = [position for position in range(len(chain.blocks)) if position not in dropped]
+def _rank(
+    model: nn.Module, batches: Sequence[Batch], measure: Measure, units: Sequence[int], n_leaving: int, whole: Tensor
+) -> Tensor:
+    """The loss change without each of `units`; the first `n_leaving` to leave below all others, in their order: float64."""
+    place = {unit: index for index, unit in enumerate(units)}
+    change = torch.zeros(len(units), dtype=torch.float64)
+    out: list[int] = []
+    while True:
+        tried = [unit for unit in units if unit not in out]
+        losses = _mean_losses(model, batches, lambda number: measure(number, out, tried), len(tried))  # noqa: B023
+        change[[place[unit] for unit in tried]] = losses - whole
+        if len(out) >= n_leaving:
+            break
+        out.append(tried[int(losses.argmin())])
+        if len(out) == n_leaving:
+            break
+    for number, unit in enumerate(reversed(out)):
+        change[place[unit]] = change.min() - 1 - number
+    return change
 
-    def measure(number: int) -> None:
+
+def _measures(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> Iterator[tuple[Site, Measure]]:
+    """Each site with how it is measured. What is measured has to be before the next one comes: hidden states move on."""
+    left = {site.key: site for site in sites}
+    for site in sites:
+        if site.target == "layers":
+            if site.is_shared:
+                raise RecipeError(
+                    f"criterion loss_change: {site.name} is one block called {site.n_units} times; use another"
+                )
+            chain = record_chain(model, site.name, site.blocks, batches, {})
+            yield left.pop(site.key), _of_parts(model, site, chain) if site.branches else _of_layers(model, chain)
+    for name, blocks in stacks_of(model).items():
+        inside = [site for site in left.values() if _block_of(site, blocks) is not None]
+        if not inside or len(set(blocks)) < len(blocks):
+            continue
+        try:
+            chain = record_chain(model, name, blocks, batches, {})
+        except UnsupportedModelError:
+            continue  # no chain: as what is in no stack
+        for position, block in enumerate(blocks):
+            for site in inside:
+                if _block_of(site, blocks) == block:
+                    yield left.pop(site.key), _of_units(model, site, batches, chain, position)
+            chain.run_(position, model.get_submodule(block))
+    for site in left.values():
+        yield site, _of_units(model, site, batches, None, 0)
+
+
+def _of_layers(model: nn.Module, chain: Chain) -> Measure:
+    def measure(number: int, out: Sequence[int], tried: Sequence[int]) -> Iterator[Tensor]:
         hidden = chain.hidden[number]
-        for position in kept:
-            later = [other for other in kept if other > position]
-            losses[position] += _loss_of(model, chain, number, _through(model, chain, number, hidden, later))
-            hidden = _through(model, chain, number, hidden, [position])
+        for position in range(len(chain.blocks)):
+            if position not in out:
+                if position in tried:
+                    later = [other for other in range(position + 1, len(chain.blocks)) if other not in out]
+                    yield _loss_behind(model, chain, number, _through(model, chain, number, hidden, later))
+                hidden = _through(model, chain, number, hidden, [position])
 
-    return _by_label(losses, model, chain, measure)
+    return measure
 
 
-def _loss(model: nn.Module, chain: Chain, n_units: int) -> Tensor:
-    """The mean loss of the whole model, float64 (1,)."""
-    total = torch.zeros(1, dtype=torch.float64)
+def _of_parts(model: nn.Module, site: Site, chain: Chain) -> Measure:
+    def measure(number: int, out: Sequence[int], tried: Sequence[int]) -> Iterator[Tensor]:
+        hidden, reached = chain.hidden[number], 0
+        for unit in tried:  # ascending
+            position = site.numbers[unit]
+            with _without(model, site, out):
+                hidden, reached = _through(model, chain, number, hidden, range(reached, position)), position
+            with _without(model, site, [*out, unit]):
+                behind = _through(model, chain, number, hidden, range(position, len(chain.blocks)))
+            yield _loss_behind(model, chain, number, behind)
 
-    def measure(number: int) -> None:
-        hidden = _through(model, chain, number, chain.hidden[number], range(n_units))
-        total.add_(_loss_of(model, chain, number, hidden))
+    return measure
 
-    return _by_label(total, model, chain, measure)
+
+def _of_units(model: nn.Module, site: Site, batches: Sequence[Batch], chain: Chain | None, position: int) -> Measure:
+    """By way of the blocks from `position` on, whose inputs the chain holds; of the whole model without a chain."""
+
+    def measure(number: int, out: Sequence[int], tried: Sequence[int]) -> Iterator[Tensor]:
+        for unit in tried:
+            with _without(model, site, [*out, unit]):
+                if chain is None:
+                    yield _loss_of(model, batches[number])
+                else:
+                    behind = range(position, len(chain.blocks))
+                    hidden = _through(model, chain, number, chain.hidden[number], behind)
+                    yield _loss_behind(model, chain, number, hidden)
+
+    return measure
+
+
+@contextmanager
+def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[None]:
+    """Inside, what the output projections read of `units` is zero; of parts, what they write."""
+    with ExitStack() as hooks:
+        for branch in (site.branches[unit] for unit in units if site.branches):
+            silence = model.get_submodule(branch.output).register_forward_hook(lambda m, a, output: torch.zeros_like(output))
+            hooks.callback(silence.remove)
+        for read in site.reads:
+            start, width = read.span.start, read.span.width
+
+            def zero(module: nn.Module, args: Any, start: int = start, width: int = width) -> Any:
+                x = args[0].clone()
+                for unit in units:
+                    x.narrow(-1, start + unit * width, width).zero_()
+                return (x, *args[1:])
+
+            hooks.callback(model.get_submodule(read.module).register_forward_pre_hook(zero).remove)
+        yield
+
+
+def _block_of(site: Site, blocks: Sequence[str]) -> str | None:
+    """The block that holds a site, if any of `blocks` does."""
+    return next(
+        (block for block in blocks if all(f"{read.module}.".startswith(f"{block}.") for read in site.reads)), None
+    )
 
 
 def _through(model: nn.Module, chain: Chain, number: int, hidden: Tensor, positions: Iterable[int]) -> Tensor:
@@ -123,26 +215,28 @@ def _through(model: nn.Module, chain: Chain, number: int, hidden: Tensor, positi
     return hidden
 
 
-def _loss_of(model: nn.Module, chain: Chain, number: int, hidden: Tensor) -> Tensor:
+def _loss_behind(model: nn.Module, chain: Chain, number: int, hidden: Tensor) -> Tensor:
     """The summed loss if the stack's output is `hidden`."""
-    batch = chain.batches[number]
     with answering(model, chain, hidden):
-        return loss_sum(model(**batch.inputs), batch, n_labels(model, batch)).double().cpu()
+        return _loss_of(model, chain.batches[number])
 
 
-def _by_label(total: Tensor, model: nn.Module, chain: Chain, measure: Callable[[int], None]) -> Tensor:
-    """`total` once `measure` has added each batch to it, of all processes, by label."""
+def _loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return loss_sum(model(**batch.inputs), batch, n_labels(model, batch)).double().cpu()
+
+
+def _mean_losses(
+    model: nn.Module, batches: Sequence[Batch], measure: Callable[[int], Iterable[Tensor]], n_losses: int
+) -> Tensor:
+    """The means by label, over the batches of all processes, of the `n_losses` sums that `measure` gives of each: float64."""
+    total = torch.zeros(n_losses, dtype=torch.float64)
     error: CalibrationError | None = None
     try:
-        for number in range(len(chain.batches)):
-            measure(number)
+        for number in range(len(batches)):
+            total += torch.stack([*measure(number)])
     except CalibrationError as caught:
         error = caught
     raise_together(error)
-    count = torch.tensor([sum(n_labels(model, batch) for batch in chain.batches)], dtype=torch.float64)
+    count = torch.tensor([sum(n_labels(model, batch) for batch in batches)], dtype=torch.float64)
     sum_over_processes([total, count])
     return total / count.clamp(min=1)
-
-
-def _at(units: Sequence[int], n_units: int) -> Tensor:
-    return torch.isin(torch.arange(n_units), torch.tensor(units, dtype=torch.int64))

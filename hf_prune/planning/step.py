@@ -25,6 +25,7 @@ from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.planning.sparsify import sparsify
 from hf_prune.recipe import Recipe
+from hf_prune.recipe.fields import weighted_criteria
 from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import ModelStructure, Site, WeightSite, require_sites
 from hf_prune.structure.cost import UnitCosts, mac_costs, parameter_costs
@@ -33,10 +34,19 @@ from hf_prune.structure.inputs import example_inputs
 
 def criterion_of(step: Any, seed: int) -> Criterion | None:
     """What scores a step's units or weights, if anything does; `seed` is the recipe's."""
-    options = dict(step.criterion.options)
-    if step.criterion.name == "random" and options.get("seed") is None:
-        options["seed"] = seed
-    return None if step.remove is not None else get_criterion(step.criterion.name, options)
+    if step.remove is not None:
+        return None
+    return get_criterion(step.criterion.name, _seeded(step.criterion.name, step.criterion.options, seed))
+
+
+def _seeded(name: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The options with the recipe's seed for `random` where it has none of its own, also inside of `combined`."""
+    if name == "random":
+        return {"seed": seed, **options}
+    if "of" not in options:
+        return dict(options)
+    parts = weighted_criteria(options["of"])
+    return {"of": {part: {"weight": weight, **_seeded(part, its, seed)} for part, (weight, its) in parts.items()}}
 
 
 def scores_training(step: Any) -> bool:
@@ -142,13 +152,16 @@ class StepPlanner:
             if isinstance(self.criterion, RanksUnits):
                 # how many leave each site doesn't depend on scores here; which, it measures with that many in mind
                 kept = choose(scores={site.key: torch.zeros(site.n_units) for site in sites}).keep
+                there = {key: mask & ~gone[key] if key in gone else mask for key, mask in eligible.items()}
                 scores = self.criterion.rank_units(
                     self._as_left(),
                     sites,
                     self._require_batches(),
-                    {key: int((~keep).sum()) for key, keep in kept.items()},
+                    {key: int((there[key] & ~keep).sum()) for key, keep in kept.items()},
+                    there,
                     self.recipe.seed,
                 )
+                self._require_finite(scores)
             else:
                 scores = self._scores(sites, gone)
             chosen = choose(scores=scores)
@@ -172,7 +185,16 @@ class StepPlanner:
             # what has left counts as below a threshold, whatever it would score now
             least = min(float(score.min()) for score in scores.values())
             scores |= {name: scores[name].masked_fill(out, least) for name, out in gone.items()}
+        self._require_finite(scores)
         return scores
+
+    def _require_finite(self, scores: Mapping[str, Tensor]) -> None:
+        for key, values in scores.items():
+            if not torch.isfinite(values).all():
+                raise CalibrationError(
+                    f"criterion {self.step.criterion.name!r} gives {key} scores that are not finite; expected numbers. Look "
+                    "for weights that are inf or nan, or load the model in bfloat16 or float32"
+                )
 
     def _allocate(self, sites: Sequence[Site | WeightSite], eligible: Mapping[str, Tensor]) -> Allocate | None:
         if self.allocation is None:

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from hf_prune.recipe.vocabulary import ALLOCATIONS, COMPENSATIONS, CRITERIA, LATER_CRITERIA
+from hf_prune.recipe.vocabulary import (
+    ALLOCATIONS,
+    COMBINABLE,
+    COMPENSATIONS,
+    CRITERIA,
+    LATER_CRITERIA,
+    AllocationEntry,
+    CompensationEntry,
+    CriterionEntry,
+)
 from hf_prune.recipe.words import NOT_YET, nearest, shown
 
 
@@ -118,7 +127,48 @@ def parse_criterion(value: Any) -> Any:
         raise ValueError(f"criterion {name!r} {NOT_YET}; known: {known}")
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; known: {known}{nearest(name, CRITERIA)}")
-    return Criterion(name=name, options=_options(f"criterion {name}", options, CRITERIA[name].options))
+    entry = CRITERIA[name]
+    found = _options(f"criterion {name}", options, entry.options)
+    if missing := sorted(entry.required - found.keys()):
+        raise ValueError(f"criterion {name} needs its option {missing[0]}: {{name: {name}, {missing[0]}: …}}")
+    return Criterion(name=name, options=found)
+
+
+def weighted_criteria(of: Mapping[str, Any]) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The weight and the options of each criterion that `combined` is of."""
+    found = {}
+    for name, given in of.items():
+        options = dict(given) if isinstance(given, Mapping) else {"weight": given}
+        found[name] = (options.pop("weight"), options)
+    return found
+
+
+def _parse_criteria(value: Any) -> dict[str, Any]:
+    """What `combined` is of, as it was written."""
+    if not isinstance(value, Mapping) or len(value) < 2:
+        raise ValueError("expected two or more criteria with their weights, such as {activation: 0.7, taylor: 0.3}")
+    found, mistakes = {}, []
+    for name, given in value.items():
+        try:
+            found[name] = _parse_weighted(name, given)
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return found
+
+
+def _parse_weighted(name: Any, given: Any) -> Any:
+    if name not in COMBINABLE:
+        raise ValueError(
+            f"{shown(name)} can't be combined; those that can: {', '.join(COMBINABLE)}{nearest(str(name), COMBINABLE)}"
+        )
+    options = dict(given) if isinstance(given, Mapping) else {"weight": given}
+    weight = options.pop("weight", None)
+    if not is_number(weight) or not weight > 0:
+        raise ValueError(f"{name}: expected a weight above 0, or {{weight: …, option: …}}")
+    options = _options(f"criterion {name}", options, CRITERIA[name].options)
+    return {"weight": weight, **options} if isinstance(given, Mapping) else given
 
 
 def parse_allocation(value: Any) -> Any:
@@ -194,6 +244,12 @@ def _options(who: str, options: Mapping[str, Any], known: Mapping[str, str]) -> 
             takes = ", ".join(sorted(known)) or "no options"
             mistakes.append(f"{who} takes {takes}; unknown: {option}{nearest(str(option), known)}")
             continue
+        if known[option] == "criteria":
+            try:
+                found[option] = _parse_criteria(given)
+            except ValueError as error:
+                mistakes.append(f"{option} of {who}: {error}")
+            continue
         kind, said = _OPTION_TYPES[known[option]]
         found[option] = whole(given) if kind is int else given
         if not isinstance(found[option], kind) or isinstance(given, bool) != (kind is bool):
@@ -262,15 +318,34 @@ def _section(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     }
 
 
-def _named_ways(options: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """A name, or a name with the options that it takes."""
+def _ways(entries: Mapping[str, CriterionEntry | AllocationEntry | CompensationEntry]) -> list[dict[str, Any]]:
+    """A name, or a name with the options that it takes; with those that it needs, where it does."""
+    required = {name: sorted(getattr(entry, "required", ())) for name, entry in entries.items()}
     return [
-        {"enum": list(options)},
+        {"enum": [name for name in entries if not required[name]]},
         *(
-            _section({"name": {"const": name}} | {option: {"type": kind} for option, kind in takes.items()}, "name")
-            for name, takes in options.items()
+            _section({"name": {"const": name}} | _option_schemas(entry.options), "name", *required[name])
+            for name, entry in entries.items()
         ),
     ]
+
+
+def _option_schemas(takes: Mapping[str, str]) -> dict[str, Any]:
+    return {option: _CRITERIA if kind == "criteria" else {"type": kind} for option, kind in takes.items()}
+
+
+_WEIGHT = {"type": "number", "exclusiveMinimum": 0}
+_CRITERIA = {
+    **_section(
+        {
+            name: {
+                "anyOf": [_WEIGHT, _section({"weight": _WEIGHT} | _option_schemas(CRITERIA[name].options), "weight")]
+            }
+            for name in COMBINABLE
+        }
+    ),
+    "minProperties": 2,
+}
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
@@ -281,19 +356,10 @@ SparsityField = _one_of(
     _section({"parameters": _FRACTION}, "parameters"),
     _section({"macs": _FRACTION}, "macs"),
 )
-CriterionField = _one_of(parse_criterion, *_named_ways({name: entry.options for name, entry in CRITERIA.items()}))
+CriterionField = _one_of(parse_criterion, *_ways(CRITERIA))
 AllocationField = _one_of(
     parse_allocation,
-    *_named_ways({name: entry.options for name, entry in ALLOCATIONS.items() if not entry.required}),
-    *(
-        _section(
-            {"name": {"const": name}} | {option: {"type": kind} for option, kind in entry.options.items()},
-            "name",
-            *sorted(entry.required),
-        )
-        for name, entry in ALLOCATIONS.items()
-        if entry.required
-    ),
+    *_ways(ALLOCATIONS),
     _BY_GLOB | {"additionalProperties": _FROM_0},
 )
 FloorField = _number_or(parse_floor, _FROM_0)
@@ -301,9 +367,7 @@ CeilingField = _number_or(parse_ceiling, {"type": "number", "exclusiveMinimum": 
 CompensationField = Annotated[
     Any,
     BeforeValidator(parse_compensation),
-    WithJsonSchema(
-        {"anyOf": _named_ways({"none": {}} | {name: entry.options for name, entry in COMPENSATIONS.items()})}
-    ),
+    WithJsonSchema({"anyOf": _ways({"none": CompensationEntry(frozenset()), **COMPENSATIONS})}),
 ]
 PatternField = _one_of(
     parse_pattern,

@@ -84,11 +84,12 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _allocation_mistakes(step, given, is_n_m)
     if isinstance(criterion, Criterion) and isinstance(target, str):
         entry = CRITERIA[criterion.name]
-        if target in EVERY_TARGET - entry.targets:
-            yield (
-                "criterion",
-                f"criterion {criterion.name} is not defined for {target}; it is for {', '.join(sorted(entry.targets))}",
-            )
+        for name in (criterion.name, *criterion.options.get("of", ())):
+            if target in EVERY_TARGET - CRITERIA[name].targets:
+                yield (
+                    "criterion",
+                    f"criterion {name} is not defined for {target}; it is for {', '.join(sorted(CRITERIA[name].targets))}",
+                )
         if entry.is_blockwise:
             if step.get("threshold") is not None or (isinstance(pattern, Pattern) and pattern.kind == "block"):
                 yield "criterion", f"criterion {criterion.name} goes with a sparsity or a pattern N:M"
@@ -96,15 +97,16 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield "scope", f"criterion {criterion.name} prunes matrix by matrix, scope layer; drop {scope}"
         if entry.by_threshold and step.get("threshold") is None:
             yield "threshold", f"criterion {criterion.name} goes with a threshold; for a share or N:M take movement"
-        if entry.is_greedy and criterion.options.get("greedy", True):
-            instead = f"with {{name: {criterion.name}, greedy: false}} it goes"
+        may_choose = "greedy" in entry.options
+        if entry.is_greedy and criterion.options.get("greedy", not may_choose or target == "layers"):
+            instead = f"with {{name: {criterion.name}, greedy: false}} it goes" if may_choose else "else take another"
             if step.get("threshold") is not None:
                 yield (
                     "threshold",
                     f"criterion {criterion.name} has to know how many leave, so give a sparsity; {instead}",
                 )
             if scope == "global":
-                yield "scope", f"criterion {criterion.name} goes through one stack at a time, scope layer; {instead}"
+                yield "scope", f"criterion {criterion.name} goes through one site at a time, scope layer; {instead}"
     compensation = _parsed(parse_compensation, step.get("compensation"))
     if isinstance(target, str) and compensation is not None and compensation.name in COMPENSATIONS:
         repaired = COMPENSATIONS[compensation.name].targets
@@ -190,7 +192,12 @@ def step_schema() -> dict[str, Any]:
                 },
             },
             *(
-                {"if": _is("target", {"enum": sorted(lacking)}), "then": {"not": _is("criterion", _named(name))}}
+                {
+                    "if": _is("target", {"enum": sorted(lacking)}),
+                    "then": {
+                        "not": _is("criterion", {"anyOf": [_named(name), _named("combined", of=_is(name, True))]})
+                    },
+                }
                 for name, entry in CRITERIA.items()
                 if (lacking := EVERY_TARGET - entry.targets)
             ),
@@ -205,12 +212,22 @@ def step_schema() -> dict[str, Any]:
                 if entry.is_blockwise
             ),
             *(
-                {
-                    "if": _is("criterion", _named(name, greedy={"not": {"const": False}})),
-                    "then": _where(threshold={"type": "null"}, scope={"not": {"const": "global"}}),
-                }
+                {"if": when, "then": _where(threshold={"type": "null"}, scope={"not": {"const": "global"}})}
                 for name, entry in CRITERIA.items()
                 if entry.is_greedy
+                for when in (
+                    (
+                        _is("criterion", {"type": "object", "allOf": [_named(name), _is("greedy", {"const": True})]}),
+                        {
+                            "allOf": [
+                                _is("criterion", _named(name, greedy={"not": {"const": False}})),
+                                _is("target", {"const": "layers"}),
+                            ]
+                        },
+                    )
+                    if "greedy" in entry.options
+                    else (_is("criterion", _named(name)),)
+                )
             ),
             *(
                 {"if": _is("criterion", _named(name)), "then": _given("threshold")}
@@ -246,7 +263,7 @@ def step_schema() -> dict[str, Any]:
                 if not entry.of_parts
             ),
             {
-                "if": _is("compensation", _is("add", {"const": True})),
+                "if": _is("compensation", {"type": "object", **_is("add", {"const": True})}),
                 "then": _where(target={"not": {"const": "layers"}}),
             },
             _where(schedule=_where(shrink={"const": "at_end"})),

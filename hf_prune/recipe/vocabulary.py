@@ -18,10 +18,12 @@ class CriterionEntry(NamedTuple):
     module: str  # in hf_prune.criteria; imported when used, so that checking a recipe doesn't import PyTorch
     class_name: str
     targets: frozenset[str] = EVERY_TARGET
-    options: Mapping[str, str] = MappingProxyType({})  # name -> type in the words of JSON Schema
+    options: Mapping[str, str] = MappingProxyType({})  # name -> type in the words of JSON Schema, or "criteria"
+    required: frozenset[str] = frozenset()  # options without a default
     scope: str = "layer"
     is_blockwise: bool = False  # chooses and updates together, matrix by matrix
-    is_greedy: bool = False  # measures anew after each unit that leaves a site, unless its option `greedy` is false
+    # has to know how many leave each site; with an option `greedy` if that is true, which it is for layers if not given
+    is_greedy: bool = False
     same_unit: bool = False  # scores of weights have a unit that all matrices share, so that they compare as they are
     by_threshold: bool = False  # says how much leaves by a threshold on its scores, and by nothing else
 
@@ -40,11 +42,12 @@ CRITERIA = {
     "loss_change": CriterionEntry(
         "loss_change",
         "LossChange",
-        targets=frozenset({"layers"}),
+        targets=UNITS,
         options={"greedy": "boolean", "samples": "integer"},
         is_greedy=True,
     ),
     "block_influence": CriterionEntry("block_influence", "BlockInfluence", targets=frozenset({"layers"})),
+    "angular": CriterionEntry("angular", "Angular", targets=frozenset({"layers"}), is_greedy=True),
     "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"}), scope="output"),
     "ria": CriterionEntry("wanda", "Ria", targets=frozenset({"weights"}), options={"power": "number"}),
     "sparsegpt": CriterionEntry(
@@ -54,9 +57,16 @@ CRITERIA = {
         options={"block": "integer", "damping": "number", "refine": "integer", "dense_target": "boolean"},
         is_blockwise=True,
     ),
+    "combined": CriterionEntry("combined", "Combined", options={"of": "criteria"}, required=frozenset({"of"})),
     "movement": CriterionEntry("movement", "Movement", targets=EVERY_TARGET - {"layers"}),
     "soft_movement": CriterionEntry("movement", "SoftMovement", targets=EVERY_TARGET - {"layers"}, by_threshold=True),
 }
+# those that score each unit or weight of a site by itself, whatever happens to the others
+COMBINABLE = [
+    name
+    for name, entry in CRITERIA.items()
+    if not (entry.is_blockwise or entry.is_greedy or entry.by_threshold or "of" in entry.options)
+]
 
 
 class CompensationEntry(NamedTuple):
@@ -99,6 +109,6 @@ ALLOCATIONS = {
 # What the language has names for and this version has not.
 LATER_CRITERIA = frozenset(
     {
-        "angular", "combined", "greedy",
+        "greedy",
     }
 )  # fmt: skip

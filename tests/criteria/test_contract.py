@@ -28,12 +28,15 @@ def labelled(name, n_batches=2, size=2, padded=False):
     return batches
 
 
+# what a criterion without defaults is tried with; of any target
+OPTIONS = {"combined": {"of": {"l2": 0.7, "taylor": {"weight": 0.3}}}}
 CASES = [(criterion, target) for criterion, entry in CRITERIA.items() for target in sorted(entry.targets)]
 
 
 @pytest.mark.parametrize(("name", "entry"), CRITERIA.items())
 def test_a_criterion_takes_the_options_that_its_entry_lists(name, entry):
-    assert {field.name for field in fields(get(name))} == set(entry.options)
+    assert {field.name for field in fields(get(name, OPTIONS.get(name)))} == set(entry.options)
+    assert (name in OPTIONS) == bool(entry.required)
 
 
 def pruned(criterion, model, sites):
@@ -63,7 +66,7 @@ def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
     model = zoo.build(name)
     structure = inspect_model(model)
     sites = structure.weights if target == "weights" else structure.of(target)
-    scorer = get(criterion)
+    scorer = get(criterion, OPTIONS.get(criterion))
     needs = scorer.needs(target)
 
     def scores():
@@ -71,7 +74,8 @@ def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
         if isinstance(scorer, RanksUnits):
             with pytest.raises(AssertionError):
                 scorer.score_units(model, sites[0], None)
-            by_key = scorer.rank_units(model, sites, batches, {site.key: 1 for site in sites}, seed=0)
+            there = {site.key: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+            by_key = scorer.rank_units(model, sites, batches, {site.key: 1 for site in sites}, there, seed=0)
             return [by_key[site.key] for site in sites]
         if isinstance(scorer, PrunesMatrices):
             return [values for _, values in pruned(scorer, model, sites)]

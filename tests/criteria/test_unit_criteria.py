@@ -1,13 +1,17 @@
-"""Fisher, fluctuation, APoZ, block influence and loss change against plain loops and the model's own loss."""
+"""Fisher, fluctuation, APoZ, block influence, angular and loss change against plain loops and the model's own loss."""
 
+import copy
 import itertools
+import math
 
 import pytest
 import torch
 
+from hf_prune import make_plan
 from hf_prune.apply.masks import clear_masks, set_masks
 from hf_prune.calibration import collect
 from hf_prune.criteria import get
+from hf_prune.criteria.combined import ranks
 from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import inspect_model
@@ -157,6 +161,131 @@ def test_block_influence_is_how_far_a_layer_turns_its_input():
 
 
 # --------------------------------------------------------------------------------------------------------------
+# angular
+
+
+def turning(*angles):
+    """A tiny Llama whose layers turn each pair of hidden entries by `angles`, in half turns."""
+    model = zoo.build("llama", torch.float64, num_hidden_layers=len(angles))
+    for layer, angle in zip(model.model.layers, angles, strict=True):
+
+        def turn(module, args, output, angle=angle * math.pi):
+            even, odd = args[0][..., ::2], args[0][..., 1::2]
+            turned = even * math.cos(angle) - odd * math.sin(angle), even * math.sin(angle) + odd * math.cos(angle)
+            return torch.stack(turned, -1).flatten(-2)
+
+        layer.register_forward_hook(turn)
+    (site,) = inspect_model(model).of("layers")
+    return model, site
+
+
+@pytest.mark.parametrize(
+    ("n_removed", "expected"),
+    [(1, [0.3, 0.3, 0.1, 0.4]), (2, [0.0, 0.0, 0.2, 0.5]), (3, [0.1, 0.1, 0.1, 0.2]), (0, [0.3, 0.3, 0.1, 0.4])],
+)
+def test_angular_of_layers_that_turn_by_hand(n_removed, expected):
+    model, site = turning(0.3, -0.3, 0.1, 0.4)  # two turns add up: 0.3 and -0.3 undo each other
+    score = scored("angular", model, site, labelled("llama", padded=True), n_removed)
+    assert score.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_angular_passes_over_layers_that_left_before():
+    model, site = turning(0.3, -0.3, 0.1, 0.4)
+    there = torch.tensor([True, False, True, True])
+    set_masks(model, KeepMasks(units={site.key: there}))
+    score = scored("angular", model, site, labelled("llama"), 2, there)
+    assert score.tolist() == pytest.approx([0.4, 0.0, 0.4, 0.5], abs=1e-6)
+
+
+def test_a_plan_by_angular_takes_a_run_and_over_updates_runs_of_what_is_there():
+    model, site = turning(0.3, -0.3, 0.1, 0.2, 0.45, 0.3)
+    steps = {"version": 1, "prune": [{"target": "layers", "sparsity": 0.5, "criterion": "angular"}]}
+    batches = labelled("llama")
+    once = make_plan(model, steps, calibration=batches).masks.units[site.key]
+    assert once.tolist() == [True, False, False, False, True, True]  # -0.3 + 0.1 + 0.2
+    first = make_plan(model, steps, calibration=batches, progress=2 / 3)
+    assert first.masks.units[site.key].tolist() == [False, False, True, True, True, True]
+    set_masks(model, first.masks)
+    second = make_plan(model, steps, calibration=batches, previous=first).masks.units[site.key]
+    assert second.tolist() == [False, False, False, True, True, True]
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "albert"])
+def test_angular_is_the_mean_angle_of_tokens_over_a_run(name):
+    model = zoo.build(name, torch.float64)
+    site = inspect_model(model).of("layers")[-1]
+    batches = labelled(name, padded=True)
+    n_tokens = 6 if name != "bart" else 8  # its decoder's inputs aren't padded
+    if name == "bart":
+        batches = [{**batch, "decoder_input_ids": batch["input_ids"].flip(1)} for batch in batches]
+    sums, n = [0.0] * (site.n_units - 1), 0
+    with torch.no_grad():
+        for batch in batches:
+            states: list = []
+            handles = [
+                model.get_submodule(block).register_forward_hook(
+                    lambda m, args, output, states=states: states.append(
+                        (args[0], output if isinstance(output, torch.Tensor) else output[0])
+                    )
+                )
+                for block in dict.fromkeys(site.blocks)
+            ]
+            model(**batch)
+            for handle in handles:
+                handle.remove()
+            for sample, position in itertools.product(range(2), range(n_tokens)):
+                n += 1
+                for start in range(site.n_units - 1):
+                    x, y = states[start][0][sample, position], states[start + 1][1][sample, position]
+                    sums[start] += math.acos((x @ y / (x.norm() * y.norm())).item()) / math.pi
+    means = [total / n for total in sums]
+    expected = [min(means[max(0, unit - 1) : unit + 1]) for unit in range(site.n_units)]
+    assert scored("angular", model, site, batches, 2).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# combined
+
+
+def test_ranks_by_hand():
+    found = ranks(torch.tensor([[3.0, 1.0, 3.0], [2.0, 0.0, 3.0]]))  # places 0, 1, 2, and 4 for each of 3, 4, 5
+    assert torch.allclose(found, torch.tensor([[4.0, 1.0, 4.0], [2.0, 0.0, 4.0]], dtype=torch.float64) / 5)
+    assert ranks(torch.tensor([7.0])).tolist() == [0.5] and ranks(torch.zeros(4)).tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("target", ["ffn_neurons", "attention_heads", "layers", "weights"])
+def test_combined_is_the_weighted_sum_of_ranks(target):
+    model = zoo.build("bert")
+    structure = inspect_model(model)
+    site = structure.weights[0] if target == "weights" else structure.of(target)[0]
+    score = "score_weights" if target == "weights" else "score_units"
+    criterion = get("combined", {"of": {"taylor": 0.3, "l2": 2, "random": {"weight": 0.7, "seed": 5}}})
+    parts = {get("taylor"): 0.3, get("l2"): 2, get("random", {"seed": 5}): 0.7}
+    statistics = collect(model, labelled("bert"), criterion.needs(target), [site])
+    assert criterion.needs(target) == get("taylor").needs(target)
+    expected = 0.0
+    for part, weight in parts.items():
+        values = getattr(part, score)(model, site, statistics).reshape(-1).tolist()
+        n = len(values)
+        places = {
+            value: [place for place, other in enumerate(sorted(values)) if other == value] for value in {*values}
+        }
+        expected += weight * torch.tensor([sum(places[v]) / len(places[v]) / (n - 1) for v in values])
+    found = getattr(criterion, score)(model, site, statistics)
+    assert torch.allclose(found.reshape(-1), expected, atol=1e-6)
+
+
+def test_combined_takes_the_seed_of_the_recipe_for_random():
+    model = zoo.build("bert")
+    of = {"random": {"weight": 5}, "l1": 1e-9}
+    step = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": {"name": "combined", "of": of}}
+    plain = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": "random"}
+    for seed in (0, 7):
+        combined, alone = (make_plan(model, {"version": 1, "seed": seed, "prune": [each]}) for each in (step, plain))
+        assert combined.masks == alone.masks
+
+
+# --------------------------------------------------------------------------------------------------------------
 # loss change
 
 
@@ -178,7 +307,15 @@ def measured_loss(model, site, dropped, batches):
 
 def ranked(model, batches, n_removed, **options):
     (site,) = inspect_model(model).of("layers")
-    return site, get("loss_change", options).rank_units(model, [site], batches, {site.key: n_removed}, 0)[site.key]
+    return site, scored("loss_change", model, site, batches, n_removed, **options)
+
+
+def scored(criterion, model, site, batches, n_removed, there=None, **options):
+    """By a criterion that runs the model by itself."""
+    there = torch.ones(site.n_units, dtype=torch.bool) if there is None else there
+    return get(criterion, options).rank_units(
+        model, [site], batches, {site.key: n_removed}, {site.key: there}, seed=0
+    )[site.key]
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "opt", "gpt_neox"])
@@ -221,6 +358,65 @@ def test_greedy_differs_from_one_shot_where_layers_stand_in_for_each_other():
     first = min(range(4), key=lambda n: measured_loss(model, site, [n], batches))
     second = min((n for n in range(4) if n != first), key=lambda n: losses[first, n])
     assert greedy.argsort()[:2].tolist() == [first, second]
+
+
+def loss_without(model, site, units, batches):
+    """The model's own mean loss with `units` of a site masked for good."""
+    return measured_loss(copy.deepcopy(model), site, units, batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("bert", "attention_heads"),
+        ("llama", "attention_heads"),
+        ("llama", "ffn_neurons"),
+        ("gpt2", "attention_heads"),
+        ("bloom", "ffn_neurons"),
+        ("albert", "attention_heads"),  # the block is called three times: through the whole model
+    ],
+)
+def test_loss_change_of_heads_and_neurons_is_the_loss_with_the_unit_masked(name, target):
+    model = zoo.build(name, torch.float64)
+    batches = labelled("bert" if name == "albert" else name, padded=True)
+    sites = inspect_model(model).of(target)
+    there = {site.key: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+    keys = dict.fromkeys(there, 1)
+    found = get("loss_change").rank_units(model, sites, batches, keys, there, 0)
+    assert found.keys() == there.keys()
+    for site in sites:
+        dense = loss_without(model, site, [], batches)
+        for unit in range(0, site.n_units, 1 if site.n_units < 9 else 11):
+            expected = loss_without(model, site, [unit], batches) - dense
+            assert found[site.key][unit].item() == pytest.approx(expected, rel=1e-4, abs=2e-6)  # float32 losses
+
+
+def test_greedy_loss_change_of_heads_measures_anew_within_their_site():
+    model = zoo.build("bert", torch.float64)
+    batches = labelled("bert")
+    site = inspect_model(model).of("attention_heads")[1]
+    score = scored("loss_change", model, site, batches, 3, greedy=True)
+    dropped: list = []
+    for _ in range(3):
+        losses = {n: loss_without(model, site, [*dropped, n], batches) for n in range(4) if n not in dropped}
+        dropped.append(min(losses, key=losses.get))
+    assert score.argsort()[:3].tolist() == dropped
+
+
+def test_loss_change_passes_over_units_that_left_before():
+    model = zoo.build("llama", torch.float64, num_hidden_layers=5)
+    batches = labelled("llama")
+    (site,) = inspect_model(model).of("layers")
+    there = torch.tensor([True, True, False, True, True])
+    set_masks(model, KeepMasks(units={site.key: there}))
+    score = scored("loss_change", model, site, batches, 2, there)
+    clear_masks(model)
+    dropped = [2]
+    for _ in range(2):
+        losses = {n: measured_loss(model, site, [*dropped, n], batches) for n in range(5) if n not in dropped}
+        dropped.append(min(losses, key=losses.get))
+    assert score.masked_fill(~there, torch.inf).argsort()[:2].tolist() == dropped[1:]
+    assert score[2] == 0
 
 
 def test_loss_change_without_labels_or_with_a_shared_block():

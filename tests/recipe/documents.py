@@ -28,6 +28,9 @@ OPTIONS: dict[str, list[Any]] = {
     "criterion": [
         *CRITERIA,
         {"name": "random", "seed": 3},
+        {"name": "combined", "of": {"activation": 0.7, "taylor": {"weight": 1}}},
+        {"name": "combined", "of": {"l1": 2, "random": {"weight": 0.1, "seed": 3}}},
+        {"name": "loss_change", "greedy": True},
         {"name": "loss_change", "greedy": False, "samples": 4},
         {"name": "ria", "power": 1},
         {"name": "sparsegpt", "block": 64, "damping": 0.05, "refine": 0, "dense_target": True},
@@ -114,6 +117,11 @@ def good() -> Iterator[dict[str, Any]]:
     yield recipe({"target": "layers", "sparsity": 0.2, "criterion": "loss_change"})
     for criterion in ("block_influence", {"name": "loss_change", "greedy": False, "samples": 4}):
         yield recipe({"target": "layers", "sparsity": 0.2, "criterion": criterion, "compensation": "linear"})
+    yield recipe({"target": "layers", "sparsity": 0.2, "criterion": "angular"})
+    yield recipe({"target": "attention_heads", "sparsity": 0.2, "criterion": "loss_change", "scope": "global"})
+    for target, of in (("layers", "fisher"), ("attention_heads", "activation"), ("weights", "wanda")):
+        criterion = {"name": "combined", "of": {of: 0.5, "random": {"weight": 1, "seed": 2}}}
+        yield recipe({"target": target, "sparsity": 0.2, "criterion": criterion, "scope": "global"})
     for pattern in OPTIONS["pattern"]:
         is_n_m = isinstance(pattern, str) and ":" in pattern
         amount = {} if is_n_m else {"sparsity": 0.5}

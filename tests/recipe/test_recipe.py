@@ -13,6 +13,10 @@ STEP = {"target": "ffn_neurons", "sparsity": 0.5}
 LOSSES = {"target": "layers", "criterion": "loss_change"}
 
 
+def combined(**of):
+    return {"name": "combined", "of": of}
+
+
 def recipe(**changes):
     return {"version": 1, "prune": [STEP], **changes}
 
@@ -136,7 +140,38 @@ training: {learning_rte: 1e-3}
             "'dsk' is not allowed; expected one of 'none', 'disk'; did you mean 'disk'",
         ),
         ({"prune": [LOSSES | {"threshold": {"rule": "absolute", "value": 1}}]}, "how many leave, so give a sparsity"),
-        ({"prune": [LOSSES | {"sparsity": 0.5, "scope": "global"}]}, "one stack at a time, scope layer"),
+        ({"prune": [LOSSES | {"sparsity": 0.5, "scope": "global"}]}, "one site at a time, scope layer"),
+        (
+            {"prune": [STEP | {"criterion": {"name": "loss_change", "greedy": True}, "scope": "global"}]},
+            "one site at a time, scope layer; with {name: loss_change, greedy: false} it goes",
+        ),
+        (
+            {"prune": [{"target": "layers", "sparsity": 0.2, "criterion": "angular", "scope": "global"}]},
+            "criterion angular goes through one site at a time, scope layer; else take another",
+        ),
+        (
+            {"prune": [LOSSES | {"criterion": "angular", "threshold": {"rule": "absolute", "value": 1}}]},
+            "angular has to know how many leave, so give a sparsity",
+        ),
+        ({"prune": [STEP | {"criterion": "angular"}]}, "angular is not defined for ffn_neurons; it is for layers"),
+        ({"prune": [STEP | {"criterion": "combined"}]}, "combined needs its option of: {name: combined, of: …}"),
+        ({"prune": [STEP | {"criterion": combined(l1=1)}]}, "of of criterion combined: expected two or more criteria"),
+        (
+            {"prune": [STEP | {"criterion": combined(l1=1, tailor=1)}]},
+            "'tailor' can't be combined; those that can: l1",
+        ),
+        ({"prune": [STEP | {"criterion": combined(l1=1, tailor=1)}]}, "did you mean 'taylor'"),
+        ({"prune": [STEP | {"criterion": combined(l1=1, sparsegpt=1)}]}, "'sparsegpt' can't be combined"),
+        ({"prune": [STEP | {"criterion": combined(l1=0, taylor=1)}]}, "l1: expected a weight above 0"),
+        ({"prune": [STEP | {"criterion": combined(l1=1, random={"seed": 1})}]}, "random: expected a weight above 0"),
+        (
+            {"prune": [STEP | {"criterion": combined(l1=1, random={"weight": 1, "sed": 1})}]},
+            "criterion random takes seed; unknown: sed; did you mean 'seed'",
+        ),
+        (
+            {"prune": [STEP | {"target": "layers", "criterion": combined(fluctuation=1, fisher=1)}]},
+            "criterion fluctuation is not defined for layers; it is for attention_heads, ffn_neurons",
+        ),
         (
             {"prune": [{"target": "layers", "sparsity": 0.5, "compensation": "bias"}]},
             "compensation bias is for attention_heads, ffn_neurons, not layers",
