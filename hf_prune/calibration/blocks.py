@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hf_prune.calibration.batches import Batch, decoder_modules
+from hf_prune.calibration.shelf import Interned, Shelf, States, taken
 from hf_prune.errors import UnsupportedModelError
 
 
@@ -31,7 +32,8 @@ class _Stop(Exception):
 
 @dataclass
 class BlockCall:
-    """What a block is called with beside the hidden states: masks, position embeddings, the encoder's output."""
+    """What a block is called with beside the hidden states: masks, position embeddings, the encoder's output. Its tensors may
+    be on a shelf."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -47,9 +49,10 @@ class BlockCall:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """(B, T, d_model) -> (B, T, d_model)."""
+        args, kwargs = taken(self.args), taken(self.kwargs)
         if self.by_name:
-            return first_tensor(block(*self.args, hidden_states=hidden, **self.kwargs))
-        return first_tensor(block(hidden, *self.args, **self.kwargs))
+            return first_tensor(block(*args, hidden_states=hidden, **kwargs))
+        return first_tensor(block(hidden, *args, **kwargs))
 
     def until(self, block: nn.Module, hidden: Tensor, places: Sequence[Place]) -> dict[Place, Tensor]:
         """Run the block until it has passed all of `places`, and no further; the tensors that it passed there."""
@@ -74,14 +77,14 @@ class Chain:
     name: str
     blocks: tuple[str, ...]  # in call order; a shared block is there several times
     batches: list[Batch]
-    hidden: list[Tensor]
+    hidden: States
     calls: list[list[BlockCall]]  # by batch, then by position
     in_decoder: bool
     n_outputs: int | None = None  # of a block that returns a tuple
 
     def fork(self) -> Chain:
         """The same calls from the same hidden states, to be taken another way."""
-        return replace(self, hidden=[*self.hidden])
+        return replace(self, hidden=self.hidden.copy())
 
     @torch.no_grad()
     def run_(self, position: int, block: nn.Module) -> None:
@@ -100,7 +103,8 @@ def record_chain(
     name: str,
     blocks: Sequence[str],
     batches: Sequence[Batch],
-    replaced: Mapping[str, Sequence[Tensor]],
+    replaced: Mapping[str, States],
+    shelf: Shelf | None = None,
 ) -> Chain:
     """Run `model` up to the end of a stack and record how its blocks are called.
 
@@ -110,16 +114,21 @@ def record_chain(
         blocks: names in call order.
         batches: on the model's device.
         replaced: for a stack that was run before (an encoder), by its last block: its new outputs, by batch.
+        shelf: for the hidden states and the blocks' other arguments; in memory if None.
 
     Raises:
         UnsupportedModelError: the model does something between the blocks.
     """
     modules = {block: model.get_submodule(block) for block in dict.fromkeys(blocks)}
     decoder = decoder_modules(model)
-    chain = Chain(name, tuple(blocks), list(batches), [], [], any(id(block) in decoder for block in modules.values()))
+    shelf = shelf or Shelf()
+    in_decoder = any(id(block) in decoder for block in modules.values())
+    chain = Chain(name, tuple(blocks), list(batches), shelf.states(), [], in_decoder)
+    interned = Interned(shelf)
     for number, batch in enumerate(batches):
         calls: list[BlockCall] = []
         previous: list[Tensor] = []
+        interned.next_batch()
 
         def enter(module: nn.Module, args: Any, kwargs: Any, calls: Any = calls, previous: Any = previous) -> None:
             hidden, call = BlockCall.of(args, kwargs)
@@ -127,7 +136,7 @@ def record_chain(
                 chain.hidden.append(hidden)
             elif hidden is not previous[-1] and not torch.equal(hidden, previous[-1]):
                 raise UnsupportedModelError(f"{name}: the model changes what passes between its blocks")
-            calls.append(call)
+            calls.append(replace(call, args=interned.put(call.args), kwargs=interned.put(call.kwargs)))
 
         def leave(module: nn.Module, args: Any, output: Any, calls: Any = calls, previous: Any = previous) -> None:
             previous[:] = [first_tensor(output)]

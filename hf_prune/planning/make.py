@@ -64,7 +64,7 @@ def make_plan(
         model=made_for(structure),
         n_near_ties=previous.n_near_ties if previous else 0,  # the cut of an earlier update may have fallen otherwise
     )
-    repairs = _Repairs(model, structure, plan, batches, recipe.seed)
+    repairs = _Repairs(model, structure, plan, batches, recipe)
     reads_data = False
     for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
         before = previous.steps[number] if previous else KeepMasks()
@@ -95,9 +95,14 @@ class _Repairs:
     """What the steps so far want to be made up for; all of it in one pass, once no further unit leaves."""
 
     def __init__(
-        self, model: nn.Module, structure: ModelStructure, plan: PruningPlan, batches: Sequence[Any] | None, seed: int
+        self,
+        model: nn.Module,
+        structure: ModelStructure,
+        plan: PruningPlan,
+        batches: Sequence[Any] | None,
+        recipe: Recipe,
     ):
-        self.model, self.structure, self.plan, self.batches, self.seed = model, structure, plan, batches, seed
+        self.model, self.structure, self.plan, self.batches, self.recipe = model, structure, plan, batches, recipe
         self.wanted = Wanted()
         self.is_due = False
 
@@ -123,7 +128,8 @@ class _Repairs:
                 self.wanted,
                 self.batches,
                 replacements=plan.replacements,
-                seed=self.seed,
+                offload=self.recipe.calibration.offload,
+                seed=self.recipe.seed,
             )
             plan.replacements.update(found.values)
             plan.added += found.added

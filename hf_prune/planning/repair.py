@@ -23,6 +23,7 @@ from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
+from hf_prune.calibration.shelf import States, open_shelf
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
@@ -84,6 +85,7 @@ def repair(
     batches: Sequence[Mapping[str, Any]],
     *,
     replacements: Mapping[str, Tensor] | None = None,
+    offload: str = "none",
     seed: int = 0,
 ) -> Repaired:
     """Refit output projections; the model is left as it is.
@@ -95,6 +97,7 @@ def repair(
         wanted: which projections to refit.
         batches: calibration; every process passes the same.
         replacements: the new values that earlier steps gave, by parameter name: what is refitted starts from them.
+        offload: where what passes between blocks is kept: "none" (in memory) or "disk".
         seed: of a private random state.
 
     Raises:
@@ -110,16 +113,16 @@ def repair(
         name: _StackRepair(model, structure, masks, wanted, replacements or {}, name, blocks, len(batches), found)
         for name, blocks in stacks.items()
     }
-    replaced: dict[str, list[Tensor]] = {}
-    with evaluation(model, seed), torch.no_grad():
+    replaced: dict[str, States] = {}
+    with evaluation(model, seed), torch.no_grad(), open_shelf(offload) as shelf:
         while any(pass_.has_work for pass_ in passes.values()):
             name = next(iter(passes))
             pass_ = passes.pop(name)
             if not (pass_.has_work or pass_.loses or replaced):
                 continue
             # a stack without work runs too, where one behind it reads what it lost
-            current = record_chain(model, name, stacks[name], mine, replaced)
-            dense = record_chain(model, name, stacks[name], mine, {}) if replaced else current.fork()
+            current = record_chain(model, name, stacks[name], mine, replaced, shelf)
+            dense = record_chain(model, name, stacks[name], mine, {}, shelf) if replaced else current.fork()
             pass_.run(dense, current)
             replaced[stacks[name][-1]] = current.hidden
     return found
@@ -191,7 +194,7 @@ class _StackRepair:
             junctions = self._junctions(position, dense, runs=last > position)
             targets = self._advance(dense, position, last, junctions)
             for junction in junctions:
-                new = self._refit(scratch, junction, targets.get(junction, []), current, position)
+                new = self._refit(scratch, junction, targets[junction], current, position)
                 self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
             current.run_(position, scratch)
 
@@ -218,9 +221,9 @@ class _StackRepair:
         first: int,
         last: int,
         junctions: Sequence[Junction],
-    ) -> dict[Junction, list[Tensor]]:
+    ) -> dict[Junction, States]:
         """Take the dense model's hidden states through blocks `first` to `last`; what each junction should sum to."""
-        targets: dict[Junction, list[Tensor]] = {junction: [] for junction in junctions}
+        targets = {junction: dense.hidden.like() for junction in junctions}
         places = [junction.target for junction in junctions]
         for number, calls in enumerate(dense.calls):
             live = self.model.get_submodule(self.blocks[first])
@@ -238,7 +241,7 @@ class _StackRepair:
         self,
         scratch: nn.Module,
         junction: Junction,
-        targets: Sequence[Tensor],
+        targets: States,
         current: Chain,
         position: int,
     ) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
+from hf_prune.calibration.shelf import States, open_shelf
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
@@ -51,6 +52,7 @@ def sparsify(
     batches: Sequence[Mapping[str, Any]],
     *,
     dense_target: bool = False,
+    offload: str = "none",
     seed: int = 0,
 ) -> Sparsified:
     """Prune `sites` one after the other; the model is left as it is.
@@ -65,6 +67,7 @@ def sparsify(
         prune: the algorithm for one matrix.
         batches: calibration; every process passes the same.
         dense_target: move each matrix towards the dense model's outputs before it is pruned.
+        offload: where what passes between blocks is kept: "none" (in memory) or "disk".
         seed: of a private random state.
 
     Raises:
@@ -75,8 +78,8 @@ def sparsify(
     mine = list(dealt(batches, next(model.parameters()).device))
     done = Sparsified({}, {})
     changed = _changed(structure, masks, replacements)
-    replaced: dict[str, list[Tensor]] = {}
-    with evaluation(model, seed), torch.no_grad():
+    replaced: dict[str, States] = {}
+    with evaluation(model, seed), torch.no_grad(), open_shelf(offload) as shelf:
         for name, blocks in _in_order(model, sites, changed, mine).items():
             inside = {site.module: site for site in sites if _is_in(site.module, name)}
             is_shared = len(set(blocks)) < len(blocks)
@@ -87,10 +90,10 @@ def sparsify(
                     f"this criterion works block by block, and the block of {name} is called {len(blocks)} times; "
                     "use another, such as wanda"
                 )
-            chain = record_chain(model, name, blocks, mine, replaced)
+            chain = record_chain(model, name, blocks, mine, replaced, shelf)
             dense = None
             if dense_target:
-                dense = record_chain(model, name, blocks, mine, {}) if replaced else chain.fork()
+                dense = record_chain(model, name, blocks, mine, {}, shelf) if replaced else chain.fork()
             keep = masks.units.get(f"layers:{name}", torch.ones(len(blocks), dtype=torch.bool))
             for position, block in enumerate(blocks):
                 live = model.get_submodule(block)

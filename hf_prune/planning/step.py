@@ -304,6 +304,7 @@ class StepPlanner:
             prune,
             self._require_batches(),
             dense_target=criterion.dense_target,
+            offload=self.recipe.calibration.offload,
             seed=self.recipe.seed,
         )
         plan.replacements.update(done.values)
