@@ -1,4 +1,5 @@
-"""Run by the tests of several processes: `torchrun … program.py {plan,train,loop} OUTPUT_DIR`, or by plain python."""
+"""Run by the tests of several processes: `torchrun … program.py {plan,train,shrink,loop,movement} OUTPUT_DIR`, or by plain
+python."""
 
 import os
 import sys
@@ -100,12 +101,36 @@ def loop():
     pruner.finish()
 
 
+def movement():
+    """A loop with gradient accumulation and clipping: what is gathered before the last update, and the masks after it."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    one = model().train()
+    optimizer = torch.optim.AdamW(one.parameters(), lr=1e-3)
+    prepared, optimizer, data = accelerator.prepare(one, optimizer, DataLoader(Tokens(), batch_size=4 // world))
+    steps = [
+        {"target": "ffn_neurons", "sparsity": 0.5, "criterion": "movement", "scope": "global"},
+        {"target": "weights", "sparsity": 0.6, "criterion": "movement"},
+    ]
+    pruner = Pruner(prepared, optimizer, {**RECIPE, "prune": steps}, n_steps=4)
+    for batch in data:
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(prepared.parameters(), 0.5)
+            optimizer.step()
+            pruner.step()
+            optimizer.zero_grad()
+    write(masks_of(one), "movement")
+    gathered = {name: sums for name, sums in pruner.state_dict()["tensors"].items() if name.startswith("movement|")}
+    save_file(gathered, Path(sys.argv[2]) / f"gathered-of-{world}-rank{rank}.safetensors")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         PartialState(cpu=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    {"plan": plan, "train": train, "shrink": shrink, "loop": loop}[sys.argv[1]]()
+    {"plan": plan, "train": train, "shrink": shrink, "loop": loop, "movement": movement}[sys.argv[1]]()
     if "RANK" in os.environ:
         # together, or the threads of the one that leaves first may abort the other
         PartialState().wait_for_everyone()

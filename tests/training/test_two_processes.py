@@ -65,6 +65,22 @@ def test_masks_in_training_are_equal_on_both_ranks_and_those_of_one_process(tmp_
         assert (tmp_path / "run-2" / "checkpoint-16" / "pruning_state.safetensors").exists()
 
 
+def test_movement_is_gathered_from_the_gradients_of_all_processes(tmp_path):
+    launch("movement", tmp_path, 1)
+    launch("movement", tmp_path, 2)
+    (alone,), (first, second) = masks(tmp_path, "movement", 1), masks(tmp_path, "movement", 2)
+    assert equal(first, second)
+    assert equal(first, alone)
+    gathered = [
+        load_file(tmp_path / f"gathered-of-{world}-rank{rank}.safetensors") for world, rank in ((1, 0), (2, 0), (2, 1))
+    ]
+    assert equal(gathered[1], gathered[2]), "bit for bit"
+    assert gathered[0].keys() == gathered[1].keys() and len(gathered[0]) > 3
+    for name, sums in gathered[0].items():
+        assert sums.any()
+        assert torch.allclose(gathered[1][name], sums, rtol=1e-3, atol=1e-7), name
+
+
 def test_two_processes_end_with_one_small_model(tmp_path):
     launch("shrink", tmp_path, 2)
     first, second = (load_file(tmp_path / f"shrunk-of-2-rank{rank}.safetensors") for rank in (0, 1))
