@@ -33,13 +33,22 @@ RECIPES = {
         5,
     ),
     "sparsegpt-one": ([{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}], 1),
+    "sparsegpt-outside": ([{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}], 5),
     "loss_change-one": ([{"target": "layers", "sparsity": 0.34, "criterion": "loss_change"}], 1),
+    "loss_change-heads": (
+        [{"target": "attention_heads", "sparsity": 0.5, "criterion": "loss_change", "scope": "global"}],
+        5,
+    ),
+    "angular": ([{"target": "layers", "sparsity": 0.67, "criterion": "angular"}], 5),
+    "angular-one": ([{"target": "layers", "sparsity": 0.67, "criterion": "angular"}], 1),
+    "combined": ([{**NEURONS, "criterion": {"name": "combined", "of": {"activation": 0.7, "taylor": 0.3}}}], 5),
 }
+MODELS = {"sparsegpt-outside": "electra"}  # the others: llama
 
 
 def main(directory, rank, world):
     for name, (steps, n_batches) in RECIPES.items():
-        model = zoo.build("llama")
+        model = zoo.build(MODELS.get(name, "llama"))
         batches = labelled("llama", n_batches=n_batches, size=4, padded=True)
         plan = make_plan(model, {"version": 1, "prune": steps}, calibration=batches)
         tensors = {**plan.mask_tensors(), **{f"new|{key}": value for key, value in plan.replacements.items()}}
