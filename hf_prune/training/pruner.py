@@ -54,7 +54,8 @@ class Pruner:
 
     Args:
         model: possibly wrapped for several processes.
-        optimizer: over the model's parameters, possibly prepared by Accelerate.
+        optimizer: over the model's parameters, possibly prepared by Accelerate. Criteria that score training (movement) read
+            weights and gradients as its steps begin.
         recipe: a `Recipe`, a mapping, or a path to YAML.
         n_steps: optimizer steps of the whole training, of which the schedule's `begin` and `end` are fractions.
         calibration: keyword inputs of the model, or a function that gives them anew at every update.

@@ -140,6 +140,11 @@ MISTAKES = {
     "no data section": (None, ["data=null"], "needs the recipe's section 'data'"),
     "no model section": (None, ["model=null"], "needs the recipe's section 'model'"),
     "arguments together": (None, ["training.fp16=true", "training.bf16=true"], "training: TrainingArguments says: "),
+    "movement without training": (
+        None,
+        ["training=null", "prune.0={target: weights, sparsity: 0.5, criterion: movement}"],
+        "prune.0.criterion: movement scores what training does to the weights, and there is none here; use",
+    ),
     "diverged training": (
         None,
         ["training.learning_rate=1e30"],

@@ -143,6 +143,24 @@ def test_movement_may_say_which_of_a_group_leave(model):
             assert [kept for _, kept in sorted(zip(scores, keep, strict=True))] == [False, False, True, True]
 
 
+def test_movement_may_be_one_of_several_criteria(model):
+    sites = inspect_model(model).of("ffn_neurons")
+    movement = gathered(sites)
+    of = {"movement": 2, "l1": 1}
+    step = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": {"name": "combined", "of": of}}
+    keep = hf_prune.make_plan(model, recipe(step), movement=movement).masks.units
+    for site in sites:
+        scores = movement[site.key].tolist(), get("l1").score_units(model, site, None).tolist()
+        places = [[sorted(each).index(score) for score in each] for each in scores]
+        total = [2 * a + b for a, b in zip(*places, strict=True)]
+        below, above = (
+            [t for t, k in zip(total, keep[site.key].tolist(), strict=True) if k == kept] for kept in (False, True)
+        )
+        assert len(below) == len(above) == 24 and max(below) <= min(above)
+    with pytest.raises(RecipeError, match="combined scores what training does"):
+        hf_prune.make_plan(model, recipe(step))
+
+
 @pytest.mark.parametrize("criterion", ["movement", "soft_movement"])
 def test_without_training_it_is_refused_before_anything_is_looked_at(criterion):
     amount = {"threshold": {"rule": "absolute", "value": 0.5}} if criterion == "soft_movement" else {"sparsity": 0.5}
