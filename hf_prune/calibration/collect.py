@@ -95,8 +95,10 @@ def _recorders(
 
 
 def _fires(x: Tensor) -> Tensor:
-    """(n_tokens, d) -> 1 where |x| is above a tenth of the token's root mean square: 0 is below, whatever the rest."""
-    return (x.abs() > 0.1 * x.square().mean(-1, keepdim=True).sqrt()).to(x.dtype)
+    """(n_tokens, d) -> 1 where |x| is above a tenth of the token's root mean square: 0 is below, whatever the rest; nan
+    where that is not finite."""
+    size = x.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(torch.isfinite(size), (x.abs() > 0.1 * size).to(x.dtype), torch.nan)
 
 
 def _run(model: nn.Module, batch: Batch, recorders: Sequence[tuple[str, Recorder]], with_gradients: bool) -> int:
