@@ -110,3 +110,82 @@ def test_what_can_not_be_saved_is_refused_with_the_most_that_can():
         hf_prune.make_plan(model, recipe(step))
     with pytest.raises(hf_prune.RecipeError, match=r"at most 0\.0%"):
         hf_prune.make_plan(zoo.build("albert"), recipe({"target": "layers", "sparsity": {"parameters": 0.3}}))
+
+
+# Sizes that can't be any number: the budget is met within half a per cent of the model, or as near as they allow.
+
+TOLERANCE = 0.005
+# a whole step of the sizes has to be small beside the model for half a per cent to be in reach
+WIDE = {
+    "bert": dict(intermediate_size=480),
+    "llama": dict(intermediate_size=480),
+    "gpt2": dict(n_inner=480),
+    "opt": dict(ffn_dim=480),
+    "bart": dict(encoder_ffn_dim=480, decoder_ffn_dim=320),
+    "t5": dict(d_ff=480),
+    "vit": dict(intermediate_size=480),
+    "qwen2": dict(intermediate_size=480),
+}
+
+
+@pytest.mark.parametrize("kind", ["parameters", "macs"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"uniform": True}, {"uniform": True, "round_to": 4}, {"round_to": 8}, {"round_to": 8, "scope": "global"}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", WIDE)
+def test_budgets_with_sizes_that_are_no_free_choice(name, sizes, kind):
+    model = zoo.build(name, **WIDE[name])
+    before = counted(model, kind)
+    found = hf_prune.make_plan(model, recipe({"target": "ffn_neurons", "sparsity": {kind: 0.2}, **sizes}))
+    shrink(model, found)
+    kept = {key: int(keep.sum()) for key, keep in found.masks.units.items()}
+    off = abs(before - counted(model, kind) - 0.2 * before)
+    assert all(n % sizes.get("round_to", 1) == 0 for n in kept.values())
+    if sizes.get("uniform"):
+        by_size = {}
+        for key, keep in found.masks.units.items():
+            by_size.setdefault(len(keep), set()).add(kept[key])
+        assert all(len(each) == 1 for each in by_size.values())
+    assert off <= TOLERANCE * before, f"{off / before:.2%} off: {kept}"
+    assert not found.notes
+
+
+@pytest.mark.parametrize("kind", ["parameters", pytest.param("macs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+def test_where_sizes_are_too_coarse_the_nearest_is_taken_and_said(name, kind):
+    """No other equal size, tried one by one on the model itself, comes nearer."""
+    model = zoo.build(name)
+    structure = inspect_model(model)
+    sites = structure.of("ffn_neurons")
+    asked, before = 0.07, counted(model, kind)
+    step = {"target": "ffn_neurons", "sparsity": {kind: asked}, "uniform": True, "round_to": 12}
+    try:
+        found = hf_prune.make_plan(model, recipe(step))
+    except hf_prune.RecipeError as error:
+        assert "can't say a smaller equal size" in str(error) or "can save at most" in str(error)
+        return
+    kept = {key: int(keep.sum()) for key, keep in found.masks.units.items()}
+    shrink(model, found)
+    off = abs(before - counted(model, kind) - asked * before)
+    if len({site.n_units for site in sites}) == 1:
+        for size in range(12, sites[0].n_units + 1, 12):
+            other = zoo.build(name)
+            remove = {site.name: list(range(site.n_units - size)) for site in sites if size < site.n_units}
+            if remove:
+                shrink(other, hf_prune.make_plan(other, recipe({"target": "ffn_neurons", "remove": remove})))
+            assert off <= abs(before - counted(other, kind) - asked * before) + 1e-6, (size, kept)
+    assert (off > TOLERANCE * before) == any("the nearest that their sizes and limits allow" in n for n in found.notes)
+
+
+def test_limits_of_a_site_leave_the_budget_to_the_others():
+    model = zoo.build("bert", intermediate_size=480)
+    before = counted(model, "parameters")
+    step = {"target": "ffn_neurons", "sparsity": {"parameters": 0.3}, "scope": "global", "round_to": 8}
+    step |= {"max_sparsity": {"*.layer.0": 0.1}, "min_sparsity": {"*.layer.1": 0.5}}
+    found = hf_prune.make_plan(model, recipe(step))
+    lost = [float((~keep).double().mean()) for keep in found.masks.units.values()]
+    shrink(model, found)
+    assert lost[0] <= 0.1 and lost[1] >= 0.5
+    assert abs(before - counted(model, "parameters") - 0.3 * before) <= TOLERANCE * before
