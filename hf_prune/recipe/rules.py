@@ -90,6 +90,11 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     "criterion",
                     f"criterion {name} is not defined for {target}; it is for {', '.join(sorted(CRITERIA[name].targets))}",
                 )
+        if is_part and not entry.of_parts:
+            yield (
+                "criterion",
+                f"criterion {criterion.name} is for whole layers; for a part take loss_change or another",
+            )
         if entry.is_blockwise:
             if step.get("threshold") is not None or (isinstance(pattern, Pattern) and pattern.kind == "block"):
                 yield "criterion", f"criterion {criterion.name} goes with a sparsity or a pattern N:M"
@@ -258,8 +263,9 @@ def step_schema() -> dict[str, Any]:
             ),
             {"if": _is("part", {"enum": [*PARTS]}), "then": _where(target={"const": "layers"})},
             *(
-                {"if": _is("compensation", _named(name)), "then": _where(part={"const": "block"})}
-                for name, entry in COMPENSATIONS.items()
+                {"if": _is(key, _named(name)), "then": _where(part={"const": "block"})}
+                for key, entries in (("criterion", CRITERIA), ("compensation", COMPENSATIONS))
+                for name, entry in entries.items()
                 if not entry.of_parts
             ),
             {

@@ -25,6 +25,7 @@ class CriterionEntry(NamedTuple):
     # has to know how many leave each site; with an option `greedy` if that is true, which it is for layers if not given
     is_greedy: bool = False
     same_unit: bool = False  # scores of weights have a unit that all matrices share, so that they compare as they are
+    of_parts: bool = True  # of layers, where it is for them
     by_threshold: bool = False  # says how much leaves by a threshold on its scores, and by nothing else
 
 
@@ -47,7 +48,7 @@ CRITERIA = {
         is_greedy=True,
     ),
     "block_influence": CriterionEntry("block_influence", "BlockInfluence", targets=frozenset({"layers"})),
-    "angular": CriterionEntry("angular", "Angular", targets=frozenset({"layers"}), is_greedy=True),
+    "angular": CriterionEntry("angular", "Angular", targets=frozenset({"layers"}), is_greedy=True, of_parts=False),
     "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"}), scope="output"),
     "ria": CriterionEntry("wanda", "Ria", targets=frozenset({"weights"}), options={"power": "number"}),
     "sparsegpt": CriterionEntry(

@@ -154,6 +154,10 @@ training: {learning_rte: 1e-3}
             "angular has to know how many leave, so give a sparsity",
         ),
         ({"prune": [STEP | {"criterion": "angular"}]}, "angular is not defined for ffn_neurons; it is for layers"),
+        (
+            {"prune": [{"target": "layers", "part": "attention", "sparsity": 0.2, "criterion": "angular"}]},
+            "criterion angular is for whole layers; for a part take loss_change",
+        ),
         ({"prune": [STEP | {"criterion": "combined"}]}, "combined needs its option of: {name: combined, of: …}"),
         ({"prune": [STEP | {"criterion": combined(l1=1)}]}, "of of criterion combined: expected two or more criteria"),
         (
