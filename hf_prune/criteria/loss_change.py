@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.batches import Batch, dealt, n_samples, take
-from hf_prune.calibration.blocks import Chain, answering, record_chain
+from hf_prune.calibration.behind import loss_behind, loss_of, mean_losses, through
+from hf_prune.calibration.blocks import Chain, record_chain
 from hf_prune.calibration.collect import evaluation
-from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
-from hf_prune.calibration.reduction import raise_together, sum_over_processes
+from hf_prune.calibration.loss import with_labels
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import no_weights
-from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
+from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.structure import stacks_of
 from hf_prune.structure.sites import Site, Target, WeightSite
 
@@ -78,7 +78,7 @@ class LossChange:
         scores = {}
         with evaluation(model, seed), torch.no_grad():
             mine = [with_labels(model, batch) for batch in dealt(chosen, next(model.parameters()).device)]
-            whole = _mean_losses(model, mine, lambda number: [_loss_of(model, mine[number])], 1)
+            whole = mean_losses(model, mine, lambda number: [loss_of(model, mine[number])], 1)
             for site, measure in _measures(model, sites, mine):
                 units = torch.nonzero(there[site.key]).reshape(-1).tolist()
                 n_leaving = n_removed[site.key] if self._is_greedy(site) else 0
@@ -99,7 +99,7 @@ def _rank(
     out: list[int] = []
     while True:
         tried = [unit for unit in units if unit not in out]
-        losses = _mean_losses(model, batches, lambda number: measure(number, out, tried), len(tried))  # noqa: B023
+        losses = mean_losses(model, batches, lambda number: measure(number, out, tried), len(tried))  # noqa: B023
         change[[place[unit] for unit in tried]] = losses - whole
         if len(out) >= n_leaving:
             break
@@ -146,8 +146,8 @@ def _of_layers(model: nn.Module, chain: Chain) -> Measure:
             if position not in out:
                 if position in tried:
                     later = [other for other in range(position + 1, len(chain.blocks)) if other not in out]
-                    yield _loss_behind(model, chain, number, _through(model, chain, number, hidden, later))
-                hidden = _through(model, chain, number, hidden, [position])
+                    yield loss_behind(model, chain, number, through(model, chain, number, hidden, later))
+                hidden = through(model, chain, number, hidden, [position])
 
     return measure
 
@@ -158,10 +158,10 @@ def _of_parts(model: nn.Module, site: Site, chain: Chain) -> Measure:
         for unit in tried:  # ascending
             position = site.numbers[unit]
             with _without(model, site, out):
-                hidden, reached = _through(model, chain, number, hidden, range(reached, position)), position
+                hidden, reached = through(model, chain, number, hidden, range(reached, position)), position
             with _without(model, site, [*out, unit]):
-                behind = _through(model, chain, number, hidden, range(position, len(chain.blocks)))
-            yield _loss_behind(model, chain, number, behind)
+                behind = through(model, chain, number, hidden, range(position, len(chain.blocks)))
+            yield loss_behind(model, chain, number, behind)
 
     return measure
 
@@ -173,11 +173,11 @@ def _of_units(model: nn.Module, site: Site, batches: Sequence[Batch], chain: Cha
         for unit in tried:
             with _without(model, site, [*out, unit]):
                 if chain is None:
-                    yield _loss_of(model, batches[number])
+                    yield loss_of(model, batches[number])
                 else:
                     behind = range(position, len(chain.blocks))
-                    hidden = _through(model, chain, number, chain.hidden[number], behind)
-                    yield _loss_behind(model, chain, number, hidden)
+                    hidden = through(model, chain, number, chain.hidden[number], behind)
+                    yield loss_behind(model, chain, number, hidden)
 
     return measure
 
@@ -187,7 +187,9 @@ def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[Non
     """Inside, what the output projections read of `units` is zero; of parts, what they write."""
     with ExitStack() as hooks:
         for branch in (site.branches[unit] for unit in units if site.branches):
-            silence = model.get_submodule(branch.output).register_forward_hook(lambda m, a, output: torch.zeros_like(output))
+            silence = model.get_submodule(branch.output).register_forward_hook(
+                lambda m, a, output: torch.zeros_like(output)
+            )
             hooks.callback(silence.remove)
         for read in site.reads:
             start, width = read.span.start, read.span.width
@@ -207,36 +209,3 @@ def _block_of(site: Site, blocks: Sequence[str]) -> str | None:
     return next(
         (block for block in blocks if all(f"{read.module}.".startswith(f"{block}.") for read in site.reads)), None
     )
-
-
-def _through(model: nn.Module, chain: Chain, number: int, hidden: Tensor, positions: Iterable[int]) -> Tensor:
-    for position in positions:
-        hidden = chain.calls[number][position](model.get_submodule(chain.blocks[position]), hidden)
-    return hidden
-
-
-def _loss_behind(model: nn.Module, chain: Chain, number: int, hidden: Tensor) -> Tensor:
-    """The summed loss if the stack's output is `hidden`."""
-    with answering(model, chain, hidden):
-        return _loss_of(model, chain.batches[number])
-
-
-def _loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return loss_sum(model(**batch.inputs), batch, n_labels(model, batch)).double().cpu()
-
-
-def _mean_losses(
-    model: nn.Module, batches: Sequence[Batch], measure: Callable[[int], Iterable[Tensor]], n_losses: int
-) -> Tensor:
-    """The means by label, over the batches of all processes, of the `n_losses` sums that `measure` gives of each: float64."""
-    total = torch.zeros(n_losses, dtype=torch.float64)
-    error: CalibrationError | None = None
-    try:
-        for number in range(len(batches)):
-            total += torch.stack([*measure(number)])
-    except CalibrationError as caught:
-        error = caught
-    raise_together(error)
-    count = torch.tensor([sum(n_labels(model, batch) for batch in batches)], dtype=torch.float64)
-    sum_over_processes([total, count])
-    return total / count.clamp(min=1)
