@@ -100,15 +100,14 @@ def _angles(
     """Add the angles of one forward pass to `sums`: of each run, and last the number of tokens."""
     decoder = decoder_modules(model)
     passed: dict[str, list[tuple[Tensor, Tensor]]] = {site.key: [] for site in sites}  # in and out, call by call
+    in_decoder = {site.key: id(model.get_submodule(site.blocks[0])) in decoder for site in sites}
     with ExitStack() as hooks:
         for site in sites:
             for name in dict.fromkeys(site.blocks):
                 block = model.get_submodule(name)
 
                 def note(module: nn.Module, args: Any, kwargs: Any, output: Any, key: str = site.key) -> None:
-                    states = (BlockCall.of(args, kwargs)[0], first_tensor(output))
-                    into, out = (batch.tokens(state, id(module) in decoder).double() for state in states)
-                    passed[key].append((into, out))
+                    passed[key].append((BlockCall.of(args, kwargs)[0], first_tensor(output)))
 
                 hooks.callback(block.register_forward_hook(note, with_kwargs=True).remove)
         yield
@@ -117,12 +116,17 @@ def _angles(
         for start in range(0, len(calls), site.n_units):  # a model may run its stack more than once
             states = calls[start : start + site.n_units]
             for number, run in enumerate(runs[site.key]):
-                sums[site.key][number] += _angle(states[run[0]][0], states[run[-1]][1])
-            sums[site.key][-1] += len(states[0][0])
+                before, after = (
+                    batch.tokens(state, in_decoder[site.key]).double()
+                    for state in (states[run[0]][0], states[run[-1]][1])
+                )
+                sums[site.key][number] += _angle(before, after)
+            sums[site.key][-1] += len(batch.tokens(states[0][0], in_decoder[site.key]))
 
 
 def _angle(before: Tensor, after: Tensor) -> Tensor:
-    """The sum over tokens, float64 on the CPU; of float32 numbers, so that their order plays no part."""
+    """(n_tokens, d_model) twice -> the sum over tokens, float64 on the CPU; of float32 numbers, so that their order plays no
+    part."""
     angles = torch.arccos(cosine_similarity(before, after, dim=-1).clamp(-1, 1)) / math.pi
     return angles.float().sum(dtype=torch.float64).cpu()
 

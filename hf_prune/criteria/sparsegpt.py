@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import PrunedMatrix
 from hf_prune.criteria.selection import NEAR_TIE, lowest
-from hf_prune.errors import RecipeError
+from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -69,6 +69,9 @@ class SparseGPT:
             there: bool (d_out, d_in): entries that may be kept; the others are zero already.
             n_leaving: how many entries of `there` leave; of no account with `group`.
             group: (n, m): n of every m along d_in stay.
+
+        Raises:
+            CalibrationError: the ridge is too small for the Gram matrix.
         """
         original = matrix.float().masked_fill(~there, 0.0)
         damped = gram.double().clone()
@@ -77,7 +80,13 @@ class SparseGPT:
         damped.diagonal()[dead] = scale
         damped.diagonal().add_(self.damping * scale)
         wanted = original.masked_fill(dead, 0.0)  # columns whose input never fires leave first
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+        try:
+            factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+        except torch.linalg.LinAlgError as error:
+            raise CalibrationError(
+                f"the Gram matrix of the {len(gram)} inputs is singular with damping {self.damping}; give more calibration "
+                "data, or a larger damping of criterion sparsegpt, such as 0.01"
+            ) from error
         keep, values, n_near = self._sweep(wanted.clone(), factor, there, n_leaving, group)
         if self.refine:
             values = solve_on_support(values, wanted, keep, damped.float(), self.refine)

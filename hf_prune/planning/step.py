@@ -288,9 +288,12 @@ class StepPlanner:
                 n_eligible = int(eligible[site.name].sum())
                 n_leaving = 0 if group else out[site.name] - (n_eligible - n_left)
                 inner = (rows[:, None], columns)
-                keep[inner], values[inner], n_near_ties = criterion.prune(
-                    matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group
-                )
+                try:
+                    keep[inner], values[inner], n_near_ties = criterion.prune(
+                        matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group
+                    )
+                except CalibrationError as error:
+                    raise CalibrationError(f"{site.name}: {error}") from error
                 plan.n_near_ties += n_near_ties
             return keep, values
 

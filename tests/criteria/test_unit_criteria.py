@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_prune import make_plan
 from hf_prune.apply.masks import clear_masks, set_masks
@@ -389,6 +390,27 @@ def test_loss_change_of_heads_and_neurons_is_the_loss_with_the_unit_masked(name,
         for unit in range(0, site.n_units, 1 if site.n_units < 9 else 11):
             expected = loss_without(model, site, [unit], batches) - dense
             assert found[site.key][unit].item() == pytest.approx(expected, rel=1e-4, abs=2e-6)  # float32 losses
+
+
+def test_loss_change_of_heads_of_an_encoder_and_a_decoder():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=3, num_heads=4)
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval()
+    batches = [{**batch, "labels": batch["input_ids"].flip(1)} for batch in labelled("llama", padded=True)]
+
+    def loss(changed):
+        with torch.no_grad():
+            return sum(changed(**batch).loss.item() for batch in batches) / 2  # as many labels in each
+
+    sites = inspect_model(model).of("attention_heads")
+    assert {site.name.split(".")[0] for site in sites} == {"encoder", "decoder"}
+    there = {site.key: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
+    found = get("loss_change").rank_units(model, sites, batches, dict.fromkeys(there, 1), there, 0)
+    for site in sites:
+        for unit in range(4):
+            masked = copy.deepcopy(model)
+            set_masks(masked, KeepMasks(units={site.key: torch.arange(4) != unit}))
+            assert found[site.key][unit].item() == pytest.approx(loss(masked) - loss(model), rel=1e-4, abs=2e-6)
 
 
 def test_greedy_loss_change_of_heads_measures_anew_within_their_site():

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_prune import apply_, make_plan
 from hf_prune.criteria import get
-from hf_prune.errors import RecipeError
+from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.planning.test_repair import batches_of, recipe
@@ -123,6 +123,16 @@ def test_a_matrix_in_a_block_that_is_never_run_is_refused():
     model.model.layers[1].mlp.extra = nn.Linear(32, 32)
     with pytest.raises(RecipeError, match=r"model\.layers\.1\.mlp\.extra is not run on the calibration data"):
         make_plan(model, recipe(step()), calibration=batches_of(model, 2))
+
+
+def test_a_damping_that_leaves_a_gram_matrix_singular_is_an_error_that_names_the_matrix():
+    model = zoo.build("llama", torch.float64)
+    criterion = {"name": "sparsegpt", "damping": 1e-30}
+    (batch,) = batches_of(model, 1, length=4)  # 16 tokens, fewer than the 32 inputs
+    with pytest.raises(
+        CalibrationError, match=r"q_proj\.weight: the Gram matrix of the 32 inputs is singular with damping"
+    ):
+        make_plan(model, recipe(step(criterion=criterion)), calibration=[batch])
 
 
 @pytest.mark.parametrize(("n_leaving", "n_near_ties"), [(768, 0), (769, 1)])
