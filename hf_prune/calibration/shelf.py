@@ -80,6 +80,10 @@ class States:
     def append(self, tensor: Tensor) -> None:
         self._held.append(self._shelf.put(tensor))
 
+    @property
+    def is_on_disk(self) -> bool:
+        return self._shelf.is_on_disk
+
     def like(self) -> States:
         """An empty list on the same shelf."""
         return self._shelf.states()
