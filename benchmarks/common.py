@@ -159,17 +159,10 @@ def cells(rows: Mapping[str, dict]) -> list[list[str]]:
         if "error" in row:
             lines.append([name, row["error"], *[""] * (len(lines[0]) - 2)])
             continue
-        values = row["perplexity"]
-        perplexities = [
-            f"{values[text]:.2f}" if row is rows["dense"] else f"{values[text] / dense[text]:.3f}×" for text in dense
-        ]
-        figures = (
-            f"{row['parameters']:,}",
-            f"{row['zeros']:.1%}",
-            f"{row['cpu_seconds']:.0f}",
-            f"{row['peak_mib']:,.0f}",
-        )
-        lines.append([name, *perplexities, *figures])
+        values, is_dense = row["perplexity"], row is rows["dense"]
+        perplexities = [f"{values[text]:.2f}" if is_dense else f"{values[text] / dense[text]:.3f}×" for text in dense]
+        cost = ["", ""] if is_dense else [f"{row['cpu_seconds']:.0f}", f"{row['peak_mib']:,.0f}"]
+        lines.append([name, *perplexities, f"{row['parameters']:,}", f"{row['zeros']:.1%}", *cost])
     return lines
 
 

@@ -30,8 +30,10 @@ python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/riv
 The second runs in an environment of its own; [its head](../benchmarks/rivals.py) says what to install.
 
 {notes}
-- Perplexity: the dense model's on the first line, then as a multiple of it. "all" is of all evaluation tokens together.
+- Perplexity: the dense model's, below as a multiple of that in the same run. "all" is of all evaluation tokens together.
 - Zeros: of the weights of all matrices but embeddings and output head. They make nothing smaller or faster.
+- Calibration goes through the models in batches of 8 windows, in llm-compressor of one, its default.
+- llm-compressor's magnitude modifier applies its masks after optimizer steps, so in one shot it removes nothing.
 - CPU seconds are user and system time of the pruning alone, with what a tool checks by itself (hf_prune compares the smaller model with
   the masked one), without loading and evaluating. Peak memory is of a process that does nothing else, until it has pruned.
 """
@@ -52,14 +54,15 @@ def page(runs: list[dict]) -> str:
             f"runs on other inputs don't compare: {runs[0]['inputs'][:12]} and {differing[0]['inputs'][:12]}; "
             "give rivals.py the directory that quality.py wrote"
         )
-    names, tables = [], {heading: [] for heading in HEADINGS}
+    names, dense_lines, tables = [], [], {heading: [] for heading in HEADINGS}
     for run in runs:
         ours = "hf_prune " if "hf_prune" in run["packages"] else ""
         header, dense, *lines = common.cells(run["rows"])
+        dense_lines.append([f"dense, transformers {run['packages']['transformers']}", *dense[1:]])
         for (name, row), line in zip(list(run["rows"].items())[1:], lines, strict=True):
             tables.setdefault(row["heading"], []).append([ours + name, *line[1:]])
             names += [f"- {ours}{name}: `{json.dumps(row['steps'])}`"] if "steps" in row else []
-    parts = [TEXT.format(notes="\n".join(_notes(runs))), _table(header, [dense])]
+    parts = [TEXT.format(notes="\n".join(_notes(runs))), _table(header, dense_lines)]
     parts += [
         f"## {heading[0].upper()}{heading[1:]}\n\n{_table(header, lines)}"
         for heading, lines in tables.items()
