@@ -81,6 +81,33 @@ def test_one_sample_of_two_tokens(criterion, target):
     require_sound(model, planned(model, criterion, target, [batch]), n_leaving(model, target))
 
 
+UPDATES = {
+    "sparsegpt": {"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"},
+    "2:4": {"target": "weights", "pattern": "2:4", "criterion": "sparsegpt"},
+    "dense target": {"target": "weights", "sparsity": 0.5, "criterion": {"name": "sparsegpt", "dense_target": True}},
+    "neurons": {"target": "ffn_neurons", "sparsity": 0.5, "compensation": "least_squares"},
+    "heads": {"target": "attention_heads", "sparsity": 0.5, "compensation": {"name": "bias", "add": True}},
+    "layers": {"target": "layers", "remove": [1], "compensation": "linear"},
+}
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 64])
+@pytest.mark.parametrize("all_of_them", [None, False, True], ids=["none", "one", "a block"])
+@pytest.mark.parametrize("update", UPDATES)
+def test_new_values_where_gram_matrices_are_singular(update, all_of_them, n_tokens):
+    model = zoo.build("llama")
+    if all_of_them is not None:
+        silence_(model, all_of_them=all_of_them)
+    batches = labelled("llama", n_batches=max(1, n_tokens // 16))
+    if n_tokens < 16:
+        batches = [{key: value[:1, :n_tokens] for key, value in batches[0].items()}]
+    plan = make_plan(model, {"version": 1, "prune": [UPDATES[update]]}, calibration=batches)
+    assert plan.replacements and all(torch.isfinite(value).all() for value in plan.replacements.values())
+    apply_(model, plan)
+    with torch.no_grad():
+        assert all(torch.isfinite(model(**batch).logits).all() for batch in batches)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize(("criterion", "target"), CASES)
 def test_weights_that_are_not_finite(criterion, target, value):

@@ -413,6 +413,22 @@ def test_loss_change_of_heads_of_an_encoder_and_a_decoder():
             assert found[site.key][unit].item() == pytest.approx(loss(masked) - loss(model), rel=1e-4, abs=2e-6)
 
 
+def test_for_each_head_only_its_block_and_those_behind_are_run():
+    model = zoo.build("bert", num_hidden_layers=5)
+    sites = inspect_model(model).of("attention_heads")
+    there = {site.key: torch.ones(4, dtype=torch.bool) for site in sites}
+    n_calls = [0] * 5
+    for number, layer in enumerate(model.bert.encoder.layer):
+
+        def count(module, args, number=number):
+            n_calls[number] += 1
+
+        layer.attention.register_forward_pre_hook(count)
+    get("loss_change").rank_units(model, sites, labelled("bert", n_batches=1), dict.fromkeys(there, 1), there, 0)
+    # three more: for the loss of the whole model, to record the calls, and on the way to the next block
+    assert n_calls == [3 + 4 * (number + 1) for number in range(5)]
+
+
 def test_greedy_loss_change_of_heads_measures_anew_within_their_site():
     model = zoo.build("bert", torch.float64)
     batches = labelled("bert")
