@@ -106,10 +106,11 @@ def read_curves(file: str | Path) -> dict[str, list[Point]]:
             raise ValueError(f"its version is {found['version']!r}; this reads {VERSION}")
         dense = float(found["loss"])
         curves = {
-            f"{site['target']}:{site['name']}": [
-                (0.0, dense),
-                *((float(x), float(y)) for x, y in zip(site["sparsities"], site["losses"], strict=True)),
-            ]
+            site["key"]: sorted(
+                # several sparsities that were asked for may have come to the same few units, or to none
+                {(float(x), float(y)) for x, y in zip(site["sparsities"], site["losses"], strict=True)}
+                | {(0.0, dense)}
+            )
             for site in found["sites"]
         }
         for key, curve in curves.items():

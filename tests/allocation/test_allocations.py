@@ -223,8 +223,7 @@ GRID = (0.25, 0.5, 0.75)
 
 def write(path, curves, dense=1.0, **changes):
     sites = [
-        {"target": "ffn_neurons", "name": name, "sparsities": list(GRID), "losses": losses}
-        for name, losses in curves.items()
+        {"key": f"ffn_neurons:{name}", "sparsities": list(GRID), "losses": losses} for name, losses in curves.items()
     ]
     path.write_text(
         json.dumps({"format": "hf_prune.sensitivity", "version": 1, "loss": dense, "sites": sites, **changes}),

@@ -67,8 +67,7 @@ def write_curves(path, model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sites = [
         {
-            "target": site.key.partition(":")[0],
-            "name": site.name,
+            "key": site.key,
             "sparsities": list(SPARSITIES),
             "losses": (1 + torch.rand(len(SPARSITIES), generator=generator).cumsum(0)).tolist(),
         }
