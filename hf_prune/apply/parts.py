@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_prune.apply.present import dropped_blocks, dropped_modules
 from hf_prune.checkpoint.modeling_hf_prune import ZEROS, Absent, Returns
-from hf_prune.errors import PruneError, UnsupportedModelError
+from hf_prune.errors import PruneError, VerificationError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, layouts
 from hf_prune.structure.cost import evaluating
@@ -62,7 +62,7 @@ def absent_parts(
         sample: keyword inputs of the model; made up if not given.
 
     Raises:
-        UnsupportedModelError: a module gives something else than zeros or one of its arguments, or isn't reached.
+        VerificationError: a module gives something else than zeros or one of its arguments, or isn't reached.
     """
     blocks = tuple(f"{block}." for block in dropped_blocks(structure, masks))
     leaving = [
@@ -86,7 +86,7 @@ def absent_parts(
             for handle in handles:
                 handle.remove()
     if unreached := [name for name in leaving if name not in found]:
-        raise UnsupportedModelError(
+        raise VerificationError(
             f"{unreached[0]} isn't reached by the inputs at hand, so that what it returns can't be told; pass calibration "
             "data that reaches it, or exclude its stack"
         )
@@ -153,9 +153,11 @@ def _looking(name: str, module: nn.Module, found: dict[str, Returns]) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         first, *rest = output if isinstance(output, tuple) else (output,)
         hands_on = next((key for key, value in given.items() if _same(first, value)), None)
-        if not (isinstance(first, Tensor) and (hands_on or not first.any())):
-            raise UnsupportedModelError(
-                f"{name} returns something of its own once its parameters are zero, so that nothing can take its place"
+        # without storage only the kinds of what is returned can be told, and sizes are all that is asked
+        if not (isinstance(first, Tensor) and (hands_on or first.is_meta or not first.any())):
+            raise VerificationError(
+                f"{name} returns something of its own once its parameters are zero, so that nothing can take its place. "
+                "The model is as it was; exclude its stack, or report its layout."
             )
         others = [
             next((key for key, value in given.items() if each is value and each is not None), None) for each in rest
@@ -166,5 +168,6 @@ def _looking(name: str, module: nn.Module, found: dict[str, Returns]) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    is_pair = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
-    return is_pair and bool(a.any()) and torch.equal(a, b)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape) or a.is_meta:
+        return a is b
+    return bool(a.any()) and torch.equal(a, b)

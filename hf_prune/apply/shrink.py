@@ -41,7 +41,7 @@ def remove_masked_(
         What was removed; the config is not touched (`hf_prune.checkpoint.settle_config_` does that).
 
     Raises:
-        UnsupportedModelError: nothing can take the place of a part; the model is as it was.
+        VerificationError: nothing can take the place of a part; the model is as it was.
     """
     structure = structure or inspect_model(model)
     masks = masks_of(model)

@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -53,6 +54,21 @@ class ConfigView:
         self.__dict__.update(state)
 
 
+class _Zeros(torch.autograd.Function):
+    """(..., d_in) -> zeros (..., d_out), with a gradient of zeros: what feeds a part that has left (its norm) gets that and
+    not none, for which DistributedDataParallel would wait.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d_out: int) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_zeros(*x.shape[:-1], d_out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(ctx.shape), None
+
+
 class Absent(nn.Module):
     """In place of a module that has left: it computes nothing.
 
@@ -76,12 +92,17 @@ class Absent(nn.Module):
         given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         hidden = given["hidden_states"] if "hidden_states" in given else next(iter(given.values()))
 
-        def one(what: str | None) -> Tensor | None:
-            if what != ZEROS:
-                return None if what is None else given.get(what)
-            return hidden.new_zeros(*hidden.shape[:-1], self._d_out or hidden.shape[-1])
+        d_out = self._d_out or hidden.shape[-1]
+        zeros = _Zeros.apply(hidden, d_out) if hidden.requires_grad else hidden.new_zeros(*hidden.shape[:-1], d_out)
 
-        return one(self._returns) if isinstance(self._returns, str) else tuple(one(each) for each in self._returns)
+        def one(what: str | None) -> Tensor | None:
+            return zeros if what == ZEROS else None if what is None else given.get(what)
+
+        first, *others = [self._returns] if isinstance(self._returns, str) else self._returns
+        output = one(first)
+        if output is not zeros and output is not None and hidden.requires_grad:
+            output = output + zeros
+        return output if isinstance(self._returns, str) else (output, *(one(each) for each in others))
 
     def extra_repr(self) -> str:
         return f"returns={self._returns!r}"

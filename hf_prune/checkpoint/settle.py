@@ -25,7 +25,7 @@ from hf_prune.checkpoint.format import (
     view_fields,
     without_drift,
 )
-from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, resize_
+from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, absent_returns, resize_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
 
@@ -109,7 +109,9 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         remaining, unset = _missing(model, wanted, sizes(built, views), has_new_biases)
         if remaining < missing:
             widths, missing, zeros = {**widths, **edit}, remaining, unset
-    edits = {**depth, **(widths if not missing else {})}
+    # where parts of layers have left, no config says all; the widths that one can say are worth saying
+    has_all = not missing or (_has_absent(model) and _fits(model, _edited(with_depth, widths), wanted, views))
+    edits = {**depth, **(widths if has_all else {})}
     final = _build(model, _edited(config, edits))
     assert final is not None
     _adopt(model, final, edits)
@@ -131,6 +133,8 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
     manifest = manifest_of(model, final)
     _prove(final, manifest, wanted, views)
     put_manifest_(model, manifest)
+    if n_absent := sum("absent" in entry for entry in manifest["modules"].values()):
+        return Verdict("hf_prune", f"no stock config says that {n_absent} modules have left layers that stay", said)
     n_modules = len(manifest["modules"])
     which = "some of which have a bias more" if has_new_biases else "which differ by layer"
     return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, {which}", said)
@@ -143,6 +147,21 @@ def _missing(
     names = differing(wanted, found)
     zeros = [name for name in names if may_add and name not in wanted and takes_bias(model, name) == found[name][0]]
     return len(names) - len(zeros), zeros
+
+
+def _has_absent(model: nn.Module) -> bool:
+    return any(absent_returns(module) is not None for module in model.modules())
+
+
+def _fits(model: PreTrainedModel, config: Any, wanted: Mapping[str, Any], views: Sequence[tuple[str, str]]) -> bool:
+    """Whether a manifest gives what `config` builds the sizes of the live model."""
+    built = _build(model, config)
+    try:
+        if built is not None:
+            _prove(built, manifest_of(model, built), wanted, views)
+    except UnsupportedModelError:
+        return False
+    return built is not None
 
 
 def _prove(built: nn.Module, manifest: Any, wanted: Mapping[str, Any], views: Sequence[tuple[str, str]]) -> None:
