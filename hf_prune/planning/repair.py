@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.apply.present import kept_entries
+from hf_prune.apply.present import dropped_modules, kept_entries
 from hf_prune.apply.replace import add_bias_, remove_biases_
 from hf_prune.calibration.batches import dealt
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
@@ -41,9 +41,13 @@ class Wanted:
     adding: set[str] = field(default_factory=set)  # of both, those that get a bias where they have none
     before_runs: bool = False  # the projection before each run of dropped layers
     after_drops: bool = False  # every output projection of the blocks behind the first dropped one
+    after_parts: bool = False  # every one behind the first dropped part, and beside it in its block
 
     def add(self, structure: ModelStructure, target: str, compensation: Compensation, masks: KeepMasks) -> None:
         """What one step asks for, given what it removes."""
+        if any(structure[key].branches for key in masks.units):
+            self.after_parts = True
+            return
         if target == "layers":
             self.before_runs = True
             self.after_drops |= compensation.name == "least_squares"
@@ -147,10 +151,17 @@ class _StackRepair:
         self.replacements, self.n_batches, self.found = replacements, n_batches, found
         keep = masks.units.get(f"layers:{name}")
         self.kept = [True] * len(blocks) if keep is None else keep.tolist()
-        first_drop = self.kept.index(False) if False in self.kept else len(blocks)
-        reads = [read.module for site in structure.sites for read in site.reads]
+        behind = self.kept.index(False) + 1 if wanted.after_drops and False in self.kept else len(blocks)
+        parts = [module for module in dropped_modules(structure, masks) if module not in blocks]
+        if wanted.after_parts:
+            lossy = [n for n, block in enumerate(blocks) if any(part.startswith(f"{block}.") for part in parts)]
+            behind = min([behind, *lossy])
+        gone = tuple(f"{part}." for part in parts)
+        reads = [
+            read.module for site in structure.sites for read in site.reads if not f"{read.module}.".startswith(gone)
+        ]
         self.work = [
-            self._projections(position, [read for read in reads if read.startswith(f"{block}.")], first_drop)
+            self._projections(position, [read for read in reads if read.startswith(f"{block}.")], behind)
             for position, block in enumerate(blocks)
         ]
         self.has_work = any(self.work)
@@ -171,12 +182,13 @@ class _StackRepair:
         site = self.structure[key]
         return site.name == name or any(piece.module.startswith(f"{name}.") for piece in site.slices)
 
-    def _projections(self, position: int, reads: Sequence[str], first_drop: int) -> list[str]:
-        """Which of a block's output projections to refit, by their names in the model."""
+    def _projections(self, position: int, reads: Sequence[str], behind: int) -> list[str]:
+        """Which of a block's output projections to refit, by their names in the model: from block `behind` on all."""
         if not self.kept[position]:
             return []
-        is_behind = self.wanted.after_drops and position > first_drop
-        if is_behind or (self.wanted.before_runs and position + 1 < len(self.kept) and not self.kept[position + 1]):
+        if position >= behind or (
+            self.wanted.before_runs and position + 1 < len(self.kept) and not self.kept[position + 1]
+        ):
             return list(reads)
         return [read for read in reads if read in self.wanted.projections | self.wanted.biases]
 
