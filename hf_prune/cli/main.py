@@ -13,6 +13,7 @@ from hf_prune.cli.push import push
 from hf_prune.cli.recipes import recipes
 from hf_prune.cli.report import report
 from hf_prune.cli.run import run
+from hf_prune.cli.sensitivity import sensitivity
 from hf_prune.cli.validate import validate
 from hf_prune.errors import PruneError
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (run, validate, inspect, recipes, report, push):
+for command in (run, validate, inspect, sensitivity, recipes, report, push):
     app.command()(command)
 
 # the user's to mend, whoever met them: no space left, quota, read-only, no permission

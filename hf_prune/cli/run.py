@@ -46,7 +46,7 @@ def run(
     from hf_prune import job
     from hf_prune.report.report import plain_console
 
-    is_main = PartialState(cpu=_processes_on_cpu()).is_main_process
+    is_main = PartialState(cpu=processes_on_cpu()).is_main_process
     stages = job.Stages(Console(stderr=True, quiet=not is_main))
     out = plain_console(quiet=not is_main)
     if plan_only:
@@ -64,7 +64,7 @@ def run(
     PartialState().destroy_process_group()
 
 
-def _processes_on_cpu() -> bool:
+def processes_on_cpu() -> bool:
     """Whether several processes were launched where there is no accelerator; Trainer is told too.
 
     Accelerate would take each of them for the only one, and all would write to the same directory.

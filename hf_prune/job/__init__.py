@@ -4,6 +4,7 @@ from hf_prune.job.models import meta_model
 from hf_prune.job.preview import plan_only, smoke, smoke_trains
 from hf_prune.job.progress import Stages
 from hf_prune.job.run import run
+from hf_prune.job.scan import recipe_to_scan, run_scan
 
 
-__all__ = ["Stages", "meta_model", "plan_only", "run", "smoke", "smoke_trains"]
+__all__ = ["Stages", "meta_model", "plan_only", "recipe_to_scan", "run", "run_scan", "smoke", "smoke_trains"]

@@ -127,7 +127,7 @@ def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) ->
             report = trainer.pruning_report
         elif side == "pruned":
             with stages.stage("pruning"):
-                report = prune_(trainer.model, recipe, calibration=_calibration(recipe, task))
+                report = prune_(trainer.model, recipe, calibration=calibration_batches(recipe, task))
         with stages.stage(f"{side}: evaluation"):
             metrics[side] = metrics_of(trainer.evaluate())
         models[side] = trainer.model
@@ -209,7 +209,8 @@ def _last_checkpoint(trainer: PruningTrainer) -> str | None:
     return str(max(folders)[1]) if folders else None
 
 
-def _calibration(recipe: Recipe, task: Prepared) -> list[dict[str, Any]]:
+def calibration_batches(recipe: Recipe, task: Prepared) -> list[dict[str, Any]]:
+    """The first samples of the training data, as many as the recipe asks for, in its batches."""
     calibration = recipe.calibration
     loader = DataLoader(task.train, batch_size=calibration.batch_size, collate_fn=task.collator)
     return take((dict(batch) for batch in loader), min(calibration.samples, len(task.train)))

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,11 @@ class Recipe(RecipeDocument):
         return cls._checked(document)
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Recipe:
-        """From a mapping as YAML would give it."""
-        return cls._checked(Document(document))
+    def from_dict(cls, document: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+        """From a mapping as YAML would give it, with `key=value` overrides."""
+        checked = Document(deepcopy(document) if overrides else document)
+        override_(checked, overrides)
+        return cls._checked(checked)
 
     @classmethod
     def from_pretrained(cls, directory_or_repo: str | Path, **hub: Any) -> Recipe:
