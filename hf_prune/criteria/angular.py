@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 
 from hf_prune.calibration.batches import Batch, dealt, decoder_modules
 from hf_prune.calibration.blocks import BlockCall, first_tensor
@@ -116,19 +116,18 @@ def _angles(
         for start in range(0, len(calls), site.n_units):  # a model may run its stack more than once
             states = calls[start : start + site.n_units]
             for number, run in enumerate(runs[site.key]):
-                before, after = (
-                    batch.tokens(state, in_decoder[site.key]).double()
-                    for state in (states[run[0]][0], states[run[-1]][1])
-                )
+                ends = (states[run[0]][0], states[run[-1]][1])
+                before, after = (batch.tokens(state, in_decoder[site.key]) for state in ends)
                 sums[site.key][number] += _angle(before, after)
             sums[site.key][-1] += len(batch.tokens(states[0][0], in_decoder[site.key]))
 
 
 def _angle(before: Tensor, after: Tensor) -> Tensor:
     """(n_tokens, d_model) twice -> the sum over tokens, float64 on the CPU; of float32 numbers, so that their order plays no
-    part."""
-    angles = torch.arccos(cosine_similarity(before, after, dim=-1).clamp(-1, 1)) / math.pi
-    return angles.float().sum(dtype=torch.float64).cpu()
+    part. By the tangent of the half angle: the arccosine of what is nearly 1 would be rounding alone."""
+    u, v = (normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (before, after))
+    angles = 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)) / math.pi
+    return angles.float().cpu().sum(dtype=torch.float64)
 
 
 def _require_finite(sums: Mapping[str, Tensor], batch: Batch) -> None:

@@ -190,6 +190,12 @@ def test_angular_of_layers_that_turn_by_hand(n_removed, expected):
     assert score.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_angular_of_layers_that_hardly_turn_in_float32():
+    model, site = turning(2e-5, 1e-5, 3e-5)
+    score = scored("angular", model.float(), site, labelled("llama"), 1)
+    assert score.tolist() == pytest.approx([2e-5, 1e-5, 3e-5], rel=1e-2)
+
+
 def test_angular_passes_over_layers_that_left_before():
     model, site = turning(0.3, -0.3, 0.1, 0.4)
     there = torch.tensor([True, False, True, True])
