@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests import zoo
 from tests.job.inputs import WORDS, text_model
 
 
@@ -189,11 +190,19 @@ def test_the_page_is_that_of_its_figures(scripts):
     )
 
 
-def test_every_step_is_a_good_recipe(scripts):
-    from hf_prune import Recipe
-
-    for name, (_, step) in scripts("quality").METHODS.items():
-        assert Recipe.from_dict({"version": 1, "name": name, "prune": [step]}).prune
+def test_each_method_does_what_its_heading_says(scripts, common):
+    n_layers = {common.TENTH_OF_LAYERS: 9, common.FIFTH_OF_LAYERS: 8}
+    for name, (heading, step) in scripts("quality").METHODS.items():
+        torch.manual_seed(0)
+        model = zoo.build("llama", num_hidden_layers=10)
+        size = model.num_parameters()
+        batches = [{"input_ids": torch.randint(5, 99, (4, 32))}]
+        scripts("quality").prune({name: (heading, [step])}, name, model, batches)
+        assert len(model.model.layers) == n_layers.get(heading, 10), name
+        if heading in (common.WEIGHTS, common.N_OF_M):
+            assert common.share_of_zeros(model) == pytest.approx(0.5, abs=1e-3), name
+        else:
+            assert model.num_parameters() < size, name
 
 
 @pytest.mark.slow
