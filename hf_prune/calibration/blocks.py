@@ -9,13 +9,14 @@ Axes: B samples, T positions, d_model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from hf_prune.calibration.batches import Batch, decoder_modules
@@ -26,7 +27,7 @@ from hf_prune.errors import UnsupportedModelError
 Place = tuple[str, str]  # (module inside a block, "input" or "output"); "" is the block itself
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """The forward pass has come as far as it is needed."""
 
 
@@ -47,27 +48,21 @@ class BlockCall:
             return rest.pop("hidden_states"), cls(args, rest, by_name=True)
         return args[0], cls(args[1:], rest, by_name=False)
 
+    def is_like(self, other: BlockCall) -> bool:
+        """Whether both hand on the same objects, or equal numbers and words."""
+        mine, theirs = (
+            [*call.args, *call.kwargs.values(), *call.kwargs, len(call.args), call.by_name] for call in (self, other)
+        )
+        return len(mine) == len(theirs) and all(
+            a is b or (isinstance(a, (bool, int, float, str)) and a == b) for a, b in zip(mine, theirs, strict=True)
+        )
+
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """(B, T, d_model) -> (B, T, d_model)."""
         args, kwargs = taken(self.args), taken(self.kwargs)
         if self.by_name:
             return first_tensor(block(*args, hidden_states=hidden, **kwargs))
         return first_tensor(block(hidden, *args, **kwargs))
-
-    def until(self, block: nn.Module, hidden: Tensor, places: Sequence[Place]) -> dict[Place, Tensor]:
-        """Run the block until it has passed all of `places`, and no further; the tensors that it passed there."""
-        seen: dict[Place, Tensor] = {}
-        handles = []
-        try:
-            for place in dict.fromkeys(places):
-                handles.append(_watch(block, place, seen, len(set(places))))
-            self(block, hidden)
-        except _Stop:
-            return seen
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
 
 
 @dataclass
@@ -125,24 +120,34 @@ def record_chain(
     in_decoder = any(id(block) in decoder for block in modules.values())
     chain = Chain(name, tuple(blocks), list(batches), shelf.states(), [], in_decoder)
     interned = Interned(shelf)
+    are_alike = False  # all blocks are called with the same: once that is seen, the first call of a batch says it all
     for number, batch in enumerate(batches):
         calls: list[BlockCall] = []
         previous: list[Tensor] = []
         interned.next_batch()
 
-        def enter(module: nn.Module, args: Any, kwargs: Any, calls: Any = calls, previous: Any = previous) -> None:
+        def enter(
+            module: nn.Module,
+            args: Any,
+            kwargs: Any,
+            calls: Any = calls,
+            previous: Any = previous,
+            first_says_it: bool = are_alike,
+        ) -> None:
             hidden, call = BlockCall.of(args, kwargs)
             if not calls:
                 chain.hidden.append(hidden)
             elif hidden is not previous[-1] and not torch.equal(hidden, previous[-1]):
                 raise UnsupportedModelError(f"{name}: the model changes what passes between its blocks")
             calls.append(replace(call, args=interned.put(call.args), kwargs=interned.put(call.kwargs)))
+            if first_says_it:
+                raise Stop
 
         def leave(module: nn.Module, args: Any, output: Any, calls: Any = calls, previous: Any = previous) -> None:
             previous[:] = [first_tensor(output)]
             chain.n_outputs = None if isinstance(output, Tensor) else len(output)
             if len(calls) == len(blocks):
-                raise _Stop
+                raise Stop
 
         handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules.values()]
         handles += [module.register_forward_hook(leave) for module in modules.values()]
@@ -150,14 +155,17 @@ def record_chain(
             handles.append(model.get_submodule(last).register_forward_hook(_answering(outputs[number])))
         try:
             model(**batch.inputs)
-        except _Stop:
+        except Stop:
             pass
         finally:
             for handle in handles:
                 handle.remove()
+        if are_alike:
+            calls *= len(blocks)
         if len(calls) != len(blocks):
             raise UnsupportedModelError(f"{name}: {len(calls)} of its {len(blocks)} blocks are called")
         chain.calls.append(calls)
+        are_alike = all(call.is_like(calls[0]) for call in calls)
     return chain
 
 
@@ -207,7 +215,7 @@ def first_tensor(value: Any) -> Tensor:
 def recorded(block: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
     """What passes `places` while the block runs as a whole."""
     seen: dict[Place, Tensor] = {}
-    handles = [_watch(block, place, seen, None) for place in dict.fromkeys(places)]
+    handles = [watch(block, place, seen.__setitem__) for place in dict.fromkeys(places)]
     try:
         yield seen
     finally:
@@ -215,22 +223,16 @@ def recorded(block: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, 
             handle.remove()
 
 
-def _watch(block: nn.Module, place: Place, seen: dict[Place, Tensor], enough: int | None) -> Any:
-    """Note the tensor that passes `place`; stop the forward pass once `enough` places were passed."""
+def watch(block: nn.Module, place: Place, note: Callable[[Place, Tensor], None]) -> RemovableHandle:
+    """Call `note` with the tensor that passes `place`, whenever one does."""
     name, side = place
     module = block.get_submodule(name)
-
-    def note(tensor: Tensor) -> None:
-        seen[place] = tensor
-        if enough is not None and len(seen) == enough:
-            raise _Stop
-
     if side == "input":
         return module.register_forward_pre_hook(
-            lambda module, args, kwargs: note(BlockCall.of(args, kwargs)[0]), with_kwargs=True
+            lambda module, args, kwargs: note(place, BlockCall.of(args, kwargs)[0]), with_kwargs=True
         )
     # a copy: what comes out may be added to in place (Falcon's parallel branches)
-    return module.register_forward_hook(lambda module, args, output: note(first_tensor(output).clone()))
+    return module.register_forward_hook(lambda module, args, output: note(place, first_tensor(output).clone()))
 
 
 def _answering(hidden: Tensor) -> Any:

@@ -20,6 +20,7 @@ from hf_prune.errors import CalibrationError
 RIDGES = (1e-12, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_WITHOUT_TEST = 1e-2
 RESTRICTED_STEPS = 50  # of the conjugate gradient, where single weights are gone
+GRAM_ROWS = 256  # of a Gram matrix at a time
 TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
 
 
@@ -39,7 +40,7 @@ class Moments:
     def add_(self, inputs: Tensor, lacking: Tensor) -> None:
         """One batch: `inputs` (n_tokens, n), `lacking` (n_tokens, d_out); products in float32 or better."""
         inputs, lacking = _at_least_float32(inputs), _at_least_float32(lacking)
-        self.gram += inputs.T @ inputs
+        add_gram_(self.gram, inputs)
         self.cross += lacking.T @ inputs
         self.n_tokens += len(inputs)
 
@@ -49,6 +50,16 @@ class Moments:
     def at(self, index: Tensor) -> Moments:
         """Of the inputs `index` alone."""
         return Moments(self.gram[index][:, index], self.cross[:, index], self.n_tokens)
+
+
+def add_gram_(gram: Tensor, inputs: Tensor) -> None:
+    """gram += inputsᵀ inputs, (n, n); each product of two different inputs once."""
+    n = len(gram)
+    for start in range(0, n, GRAM_ROWS):
+        rows = slice(start, min(start + GRAM_ROWS, n))
+        product = inputs[:, rows].T @ inputs[:, start:]
+        gram[rows, start:] += product
+        gram[rows.stop :, rows] += product[:, rows.stop - start :].T
 
 
 def is_test(index: int, n_batches: int) -> bool:

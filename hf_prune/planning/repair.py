@@ -24,6 +24,7 @@ from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
+from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
@@ -205,10 +206,12 @@ class _StackRepair:
                 last += 1
             junctions = self._junctions(position, dense, runs=last > position)
             targets = self._advance(dense, position, last, junctions)
-            for junction in junctions:
-                new = self._refit(scratch, junction, targets[junction], current, position)
-                self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
-            current.run_(position, scratch)
+            sources = [place for junction in junctions for place in junction.sources]
+            with Walk(current, position, scratch, sources) as walk:
+                for junction in junctions:
+                    new = self._refit(scratch, junction, targets[junction], current, position, walk)
+                    self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
+                walk.finish()
 
     def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]
@@ -256,6 +259,7 @@ class _StackRepair:
         targets: States,
         current: Chain,
         position: int,
+        walk: Walk,
     ) -> dict[str, Tensor]:
         """Refit one projection of `scratch`, in place; its new tensors by name."""
         name = f"{self.blocks[position]}.{junction.projection}"
@@ -276,13 +280,13 @@ class _StackRepair:
         n = (0 if only_bias else d_in) + (bias is not None)
         moments = [Moments.zeros(n, d_out, weight.device) for _ in range(2)]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        for number, calls in enumerate(current.calls):
-            seen = calls[position].until(scratch, current.hidden[number], junction.sources)
+        for number, batch in enumerate(current.batches):
+            seen = walk.until(number, junction.sources)
             inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
             lacking = linear.lacking(current, number, junction, seen, inputs, targets[number])
             if bias is not None:
                 inputs = torch.cat([inputs[:, :0] if only_bias else inputs, inputs.new_ones(len(inputs), 1)], 1)
-            moments[is_test(current.batches[number].index, self.n_batches)].add_(inputs, lacking)
+            moments[is_test(batch.index, self.n_batches)].add_(inputs, lacking)
         reduce_(moments, name)
         fit, test = moments
         # removed inputs, and those that never fire, keep theirs; removed weights stay out

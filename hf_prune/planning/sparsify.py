@@ -9,6 +9,7 @@ is a stack of one block, itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
+from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
@@ -101,8 +103,7 @@ def sparsify(
                     scratch = masked_copy(model, structure, masks, block, replacements)
                     reference = None if dense is None else _Reference(live, dense, position)
                     _prune_block(scratch, chain, position, reference, inside, there, prune, done, len(batches))
-                    chain.run_(position, scratch)
-                if dense is not None:
+                elif dense is not None:
                     dense.run_(position, live)
             replaced[blocks[-1]] = chain.hidden
     return done
@@ -163,15 +164,6 @@ def _is_in(module: str, name: str) -> bool:
     return f"{module}.".startswith(f"{name}.")
 
 
-@dataclass
-class _Reference:
-    """The dense model's block, on the dense model's hidden states."""
-
-    block: nn.Module
-    chain: Chain
-    position: int
-
-
 def _prune_block(
     scratch: nn.Module,
     chain: Chain,
@@ -183,24 +175,60 @@ def _prune_block(
     done: Sparsified,
     n_batches: int,
 ) -> None:
+    """Prune the matrices of `scratch` in the order in which it runs them, and take the chain through it."""
     block = chain.blocks[position]
     inside = {name[len(block) + 1 :]: site for name, site in sites.items() if _is_in(name, block)}
-    for together in as_first_rank(lambda: _by_input(scratch, chain, position, list(inside))):
-        fit, test = _moments(scratch, chain, position, together, reference, n_batches)
-        gram = fit.gram + test.gram
-        change = refit(fit, test if test.n_tokens else None).change if reference else None  # (sum of d_out, d_in)
-        for name in together:
-            site = inside[name]
-            linear = Linear.of(scratch.get_submodule(name))
-            transposed = site.reduction_dim == 0
-            mask = there[site.name].to(linear.weight.device)
-            matrix = linear.matrix
-            if change is not None:
-                matrix, change = matrix.double() + change[: len(matrix)], change[len(matrix) :]
-            keep, values = prune(site, matrix, gram, mask.T if transposed else mask)
-            linear.matrix.copy_(values)
-            done.keep[site.name] = (keep.T if transposed else keep).contiguous().cpu()
-            done.values[site.name] = linear.weight.detach().cpu().clone()
+    groups = as_first_rank(lambda: _by_input(scratch, chain, position, list(inside)))
+    junctions = reference.junctions(list(inside)) if reference and inside else {}
+    with ExitStack() as walks:
+        sources = [_sources(together, junctions) for together in groups]
+        walk = walks.enter_context(Walk(chain, position, scratch, [place for places in sources for place in places]))
+        dense = None
+        if reference:
+            targets = [junction.target for junction in junctions.values()]
+            dense = walks.enter_context(Walk(reference.chain, position, reference.block, targets))
+        for together, places in zip(groups, sources, strict=True):
+            linears = [Linear.of(scratch.get_submodule(name)) for name in together]
+            joins = [junctions[name] for name in together if name in junctions]
+            fit, test = _moments(linears, joins, places, chain, walk, dense, n_batches)
+            reduce_([fit, test], f"{block}.{together[0]}".removesuffix("."))
+            gram = fit.gram + test.gram
+            change = refit(fit, test if test.n_tokens else None).change if joins else None  # (sum of d_out, d_in)
+            for name, linear in zip(together, linears, strict=True):
+                site = inside[name]
+                transposed = site.reduction_dim == 0
+                mask = there[site.name].to(linear.weight.device)
+                matrix = linear.matrix
+                if change is not None:
+                    matrix, change = matrix.double() + change[: len(matrix)], change[len(matrix) :]
+                keep, values = prune(site, matrix, gram, mask.T if transposed else mask)
+                linear.matrix.copy_(values)
+                done.keep[site.name] = (keep.T if transposed else keep).contiguous().cpu()
+                done.values[site.name] = linear.weight.detach().cpu().clone()
+        walk.finish()
+        if dense:
+            dense.finish()
+
+
+@dataclass
+class _Reference:
+    """The dense model's block, on the dense model's hidden states."""
+
+    block: nn.Module
+    chain: Chain
+    position: int
+
+    def junctions(self, names: list[str]) -> dict[str, Junction]:
+        """Where what the modules `names` put out goes."""
+        call, hidden = self.chain.calls[0][self.position], self.chain.hidden[0]
+        found = as_first_rank(lambda: find_junctions(self.block, call, hidden, names))
+        return {junction.projection: junction for junction in found}
+
+
+def _sources(together: Sequence[str], junctions: Mapping[str, Junction]) -> list[Place]:
+    """What is read of the pruned block for the modules `together`: their input first."""
+    rests = (place for name in together if name in junctions for place in junctions[name].rests)
+    return [*dict.fromkeys([(together[0], "input"), *rests])]
 
 
 def _by_input(scratch: nn.Module, chain: Chain, position: int, names: Sequence[str]) -> list[list[str]]:
@@ -218,40 +246,27 @@ def _by_input(scratch: nn.Module, chain: Chain, position: int, names: Sequence[s
 
 
 def _moments(
-    scratch: nn.Module,
+    linears: Sequence[Linear],
+    junctions: Sequence[Junction],
+    places: Sequence[Place],
     chain: Chain,
-    position: int,
-    together: Sequence[str],
-    reference: _Reference | None,
+    walk: Walk,
+    dense: Walk | None,
     n_batches: int,
 ) -> tuple[Moments, Moments]:
-    """Of the common input of the modules `together`: the sums that fit, and those that test the fit.
+    """Of the common input of `linears`: the sums that fit, and those that test the fit; of this process.
 
-    With a reference, `cross` is of what the modules' outputs, one after the other, lack of the dense model's; without,
-    it is empty.
+    With `dense`, `cross` is of what their outputs, one after the other, lack of the dense model's; without, it is empty.
     """
-    linears = [Linear.of(scratch.get_submodule(name)) for name in together]
     first, d_out = linears[0].matrix, sum(len(linear.matrix) for linear in linears)
-    junctions: list[Junction] = []
-    if reference is not None:
-        block, dense = reference.block, reference.chain
-        junctions = as_first_rank(
-            lambda: find_junctions(block, dense.calls[0][position], dense.hidden[0], list(together))
-        )
-        junctions.sort(key=lambda junction: together.index(junction.projection))
-    moments = [Moments.zeros(first.shape[1], d_out if reference else 0, first.device) for _ in range(2)]
+    moments = [Moments.zeros(first.shape[1], d_out if dense else 0, first.device) for _ in range(2)]
     wide = torch.promote_types(first.dtype, torch.float32)
-    source: Place = (together[0], "input")
-    for number, calls in enumerate(chain.calls):
-        rests = [place for junction in junctions for place in junction.rests]
-        seen = calls[position].until(scratch, chain.hidden[number], [source, *rests])
-        inputs = chain.tokens(number, seen[source]).to(wide)
+    for number, batch in enumerate(chain.batches):
+        seen = walk.until(number, places)
+        inputs = chain.tokens(number, seen[places[0]]).to(wide)
         lacking = inputs[:, :0]
-        if reference is not None:
-            dense = reference.chain
-            targets = dense.calls[number][position].until(
-                reference.block, dense.hidden[number], [junction.target for junction in junctions]
-            )
+        if dense:
+            targets = dense.until(number, [junction.target for junction in junctions])
             lacking = torch.cat(
                 [
                     linear.lacking(chain, number, junction, seen, inputs, targets[junction.target])
@@ -259,7 +274,6 @@ def _moments(
                 ],
                 1,
             )
-        moments[is_test(chain.batches[number].index, n_batches)].add_(inputs, lacking)
-    reduce_(moments, f"{chain.blocks[position]}.{together[0]}".removesuffix("."))
+        moments[is_test(batch.index, n_batches)].add_(inputs, lacking)
     fit, test = moments
     return fit, test
