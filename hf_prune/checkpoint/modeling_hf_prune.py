@@ -72,6 +72,9 @@ class _Zeros(torch.autograd.Function):
 class Absent(nn.Module):
     """In place of a module that has left: it computes nothing.
 
+    It keeps one empty tensor under the name of a parameter that has left: Transformers by itself would fill in random
+    weights for a name that is missing, with no more than a warning, but stops at a tensor of another shape.
+
     Args:
         replaced: the module that was there, for the names of its arguments and, of a linear layer, its width.
         returns: what its call gives.
@@ -85,6 +88,13 @@ class Absent(nn.Module):
         is_transposed = isinstance(replaced, transformers.pytorch_utils.Conv1D)
         is_linear = weight is not None and (is_transposed or isinstance(replaced, nn.Linear))
         self._d_out = weight.shape[1 if is_transposed else 0] if weight is not None and is_linear else None
+        name, parameter = next(replaced.named_parameters())
+        *path, last = name.split(".")
+        holder: nn.Module = self
+        for child in path:
+            holder.add_module(child, nn.Module())
+            holder = holder.get_submodule(child)
+        holder.register_buffer(last, parameter.detach().new_empty(0))
         self.train(replaced.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,9 +233,13 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
 
 
 def _check_absent(name: str, module: nn.Module, returns: Any) -> None:
+    if not name or (absent_returns(module) is None and next(module.parameters(), None) is None):
+        raise ManifestError(
+            f"the manifest says that {_name(name)!r} has left, which holds no parameter or all of them"
+        )
     known = (ZEROS, *argument_names(module))
     each = returns if isinstance(returns, list) and 0 < len(returns) <= 16 else [returns]
-    if not name or not isinstance(each[0], str) or not all(what is None or what in known for what in each):
+    if not isinstance(each[0], str) or not all(what is None or what in known for what in each):
         raise ManifestError(
             f"{name}.absent is {_short(returns)}; expected what its call gives, of {', '.join(map(_name, known))}, or a list"
         )

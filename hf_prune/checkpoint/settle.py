@@ -109,9 +109,12 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         remaining, unset = _missing(model, wanted, sizes(built, views), has_new_biases)
         if remaining < missing:
             widths, missing, zeros = {**widths, **edit}, remaining, unset
-    # where parts of layers have left, no config says all; the widths that one can say are worth saying
-    has_all = not missing or (_has_absent(model) and _fits(model, _edited(with_depth, widths), wanted, views))
-    edits = {**depth, **(widths if has_all else {})}
+    if missing:
+        # where parts of layers have left, no config says all; the neurons' widths that one can say are worth saying
+        # (numbers of heads aren't: head sizes and rotary angles may follow from them)
+        widths = {key: value for key, value in widths.items() if key[1] in WIDTH_FIELDS and _has_absent(model)}
+        widths = widths if widths and _fits(model, _edited(with_depth, widths), wanted, views) else {}
+    edits = {**depth, **widths}
     final = _build(model, _edited(config, edits))
     assert final is not None
     _adopt(model, final, edits)

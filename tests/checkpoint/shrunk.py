@@ -25,11 +25,13 @@ def shrink_(model, targets, uneven=True):
         if site.kind in targets:
             n_removed = {
                 "layers": 1,
+                "layers.attention": 1,
+                "layers.feed_forward": 1,
                 "attention_heads": site.n_units // 2,
                 "ffn_neurons": 8 + 8 * uneven * (number % 2),
             }
             keep = torch.ones(site.n_units, dtype=torch.bool)
-            keep[: n_removed[site.target]] = False
+            keep[: n_removed[site.kind]] = False
             units[site.key] = keep
     set_masks(model, KeepMasks(units=units))
     return settle_config_(model, remove_masked_(model).kept_layers)

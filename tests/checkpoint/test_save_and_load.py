@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
@@ -144,9 +145,12 @@ def test_generate(tmp_path):
     )
 
 
-def test_loads_without_hf_prune(tmp_path):
-    """The checkpoint's own modelling file, in a process that can't import this package."""
-    model, _ = shrunk("bert")
+@pytest.mark.parametrize(
+    "targets", [("ffn_neurons", "attention_heads", "layers"), ("layers.attention",)], ids="+".join
+)
+def test_loads_without_hf_prune(targets, tmp_path):
+    """The checkpoint's own modelling file, in a process that can't import this package; without that file not at all."""
+    model, _ = shrunk("bert", targets=targets)
     model.save_pretrained(tmp_path / "model")
     inputs = example_inputs(model)
     torch.save((inputs, outputs(model, inputs)), tmp_path / "expected.pt")
@@ -172,6 +176,12 @@ with torch.no_grad():
     assert (model(**inputs).logits - expected["logits"]).abs().max() < 1e-6
 model.save_pretrained({str(tmp_path / "again")!r})
 AutoModel.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+try:
+    AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "again")!r})
+except (RuntimeError, ValueError) as error:
+    assert "size mismatch" in str(error) or "mismatched" in str(error) or "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("weights that have left were made up")
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -203,6 +213,54 @@ def test_a_bad_manifest_is_refused(damage, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "returns", "message"),
+    [
+        ("bert.encoder.layer.1.attention.self", "os.system", "absent is 'os.system'; expected what its call gives"),
+        (
+            "bert.encoder.layer.1.attention.self",
+            ["zeros", {}],
+            "expected what its call gives, of zeros, hidden_states",
+        ),
+        ("bert.encoder.layer.1.attention.self", [None, "zeros"], "expected what its call gives"),
+        ("bert.encoder.layer.1.attention.self", [], "expected what its call gives"),
+        ("bert.encoder.layer.1.attention.self", ["zeros"] * 99, "expected what its call gives"),
+        ("bert.encoder.layer.1.attention.self", 1, "expected what its call gives"),
+        ("bert.encoder.layer.1.output.dropout", "zeros", "holds no parameter"),
+        ("", "zeros", "or all of them"),
+    ],
+)
+def test_a_bad_absence_is_refused(module, returns, message, tmp_path):
+    model, _ = shrunk("bert", targets=("layers.attention",))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hf_prune"]["modules"]["bert.encoder.layer.0.attention.self"] == {"absent": ["zeros", None]}
+    config["hf_prune"]["modules"][module] = {"absent": returns}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    config["hf_prune"]["modules"][module] = {"absent": "zeros", "tensors": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="or absent alone"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_base_from_head_and_head_from_base_without_parts(tmp_path):
+    model, verdict = shrunk("llama", targets=("layers.attention", "layers.feed_forward"))
+    assert verdict.loads_with == "hf_prune" and "2 modules have left" in verdict.why
+    model.save_pretrained(tmp_path / "head", max_shard_size="10KB")
+    inputs = example_inputs(model)
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    assert_close(outputs(model.model, inputs), outputs(base, inputs))
+    base.save_pretrained(tmp_path / "base")
+    head = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert_close(outputs(base, inputs), outputs(head.model, inputs))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "head", dtype=torch.bfloat16)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(half)))
+    assert_close(outputs(half, inputs), outputs(twin, inputs))
+    twin.load_state_dict(half.state_dict())
 
 
 def _first(manifest):

@@ -16,9 +16,14 @@ from tests.checkpoint.shrunk import shrink_
 
 
 ROOT = Path(__file__).parents[2]
-# name -> whether the sites are cut unevenly, which no stock config can say
-CASES = [(name, uneven) for name in ("bert", "gpt2", "llama", "t5") for uneven in (True, False)]
-TARGETS = {True: ("ffn_neurons", "attention_heads", "layers"), False: ("ffn_neurons", "layers")}
+# (name, how it is cut): unevenly and without parts of layers no stock config can say
+CASES = [(name, how) for name in ("bert", "gpt2", "llama", "t5") for how in ("uneven", "even")]
+CASES += [(name, "parts") for name in ("bert", "gpt2", "llama", "bloom")]
+TARGETS = {
+    "uneven": ("ffn_neurons", "attention_heads", "layers"),
+    "even": ("ffn_neurons", "layers"),
+    "parts": ("layers.attention", "layers.feed_forward"),
+}
 
 
 def pinned(constraints, package):
@@ -28,11 +33,11 @@ def pinned(constraints, package):
 @pytest.fixture
 def saved(tmp_path):
     """A directory with every case, saved here, and what it computed here."""
-    for name, uneven in CASES:
+    for name, how in CASES:
         model = zoo.build(name)
-        verdict = shrink_(model, TARGETS[uneven], uneven)
-        assert (verdict.loads_with == "hf_prune") == uneven
-        place = tmp_path / "models" / f"{name}-{'uneven' if uneven else 'even'}"
+        verdict = shrink_(model, TARGETS[how], how == "uneven")
+        assert (verdict.loads_with == "hf_prune") == (how != "even")
+        place = tmp_path / "models" / f"{name}-{how}"
         model.save_pretrained(place / "model")
         model.save_pretrained(place / "sharded", max_shard_size="10KB")
         assert len(list((place / "sharded").glob("model-*.safetensors"))) > 1
@@ -42,7 +47,7 @@ def saved(tmp_path):
         save_file({**inputs, "expected": expected}, place / "outputs.safetensors")
         facts = {
             "auto": zoo.MODELS[name][2].__name__,
-            "manifest": uneven,
+            "manifest": how != "even",
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         (place / "facts.json").write_text(json.dumps(facts))
