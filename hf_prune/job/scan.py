@@ -85,6 +85,7 @@ def run_scan(
     if recipe.model is None or recipe.data is None:
         raise RecipeError("the scan needs the recipe's sections 'model' and 'data'")
     check_files(recipe.model)
+    recipe = recipe.model_copy(update={"training": None})  # a new head would make any loss meaningless
     chosen = dict(criteria or {})
     if of_steps:
         targets = targets or list(dict.fromkeys(step.target for step in recipe.prune))
@@ -95,7 +96,12 @@ def run_scan(
         task = prepare(recipe, *load_splits(recipe.data, recipe.seed))
     set_seed(recipe.seed)
     with stages.stage("loading"):
-        model = task.load_model().to(PartialState().device)
+        try:
+            model = task.load_model().to(PartialState().device)
+        except RecipeError as error:
+            raise RecipeError(
+                f"{error}. (The scan trains nothing: give a trained model, such as `hf-prune run` saves.)"
+            ) from error
         batches = calibration_batches(recipe, task)
     with stages.stage("scan") as bar:
         return scan(

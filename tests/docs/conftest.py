@@ -10,6 +10,7 @@ import torch
 import hf_prune
 from tests import zoo
 from tests.docs.pages import README, ROOT, blocks
+from tests.job import inputs
 
 
 # Hub id in the pages -> tiny model of the same layout
@@ -29,7 +30,8 @@ class Stage:
     def __init__(self, directory: Path):
         self.directory = directory
         for name, model in HUB_MODELS.items():
-            zoo.build(model).save_pretrained(directory / "hub" / name)
+            inputs.text_model(directory / "hub" / name, model)
+        (directory / "texts.txt").write_text("\n".join([" ".join(inputs.WORDS)] * 8), encoding="utf-8")
         (directory / "recipes").symlink_to(ROOT / "recipes")
         (recipe,) = (block for block in blocks(README) if block.language == "yaml")
         (directory / "recipe.yaml").write_text(recipe.text, encoding="utf-8")

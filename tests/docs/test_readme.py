@@ -35,6 +35,16 @@ SCRIPTS = ("./scripts/quickstart.sh", "./scripts/test.sh")
 SHORTER = {
     "hf-prune run recipes/quickstart.yaml": ["--smoke", "schedule.updates=2"],
     "hf-prune run recipes/quickstart.yaml prune.2.sparsity=0.3": ["--plan-only"],
+    "hf-prune sensitivity HuggingFaceTB/SmolLM2-135M --data texts.txt": [
+        "data.max_length=8",
+        "--sparsity",
+        "0.5",
+        "--target",
+        "layers",
+    ],
+    "hf-prune sensitivity HuggingFaceTB/SmolLM2-135M --data texts.txt --target ffn_neurons --json sensitivity.json": [
+        "data.max_length=8"
+    ],
 }
 # The exact words of what a command has to print.
 SAYS = {
@@ -42,6 +52,7 @@ SAYS = {
     "recipes": "quickstart",
     "inspect": "ffn_neurons",
     "run": ("the recipe works", "loads with"),
+    "sensitivity": "rise of the loss",
     "report": "verified on",
     "push": "/ada/minilm-bbc-pruned",
 }
