@@ -12,10 +12,11 @@ from torch.nn.functional import cosine_similarity
 
 from hf_prune.calibration import statistics as names
 from hf_prune.calibration.batches import Batch, dealt, take
+from hf_prune.calibration.branches import Join, PartGates, PartSums, find_joins
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
 from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
-from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, Statistics
+from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, NEEDS_OF_LAYERS, Statistics
 from hf_prune.errors import CalibrationError
 from hf_prune.structure.cost import evaluating
 from hf_prune.structure.sites import Site, WeightSite
@@ -45,7 +46,12 @@ def collect(
         CalibrationError: no data, no labels where a loss is needed, or numbers that are not finite.
     """
     inputs = take(batches)
-    recorders = _recorders(model, needs, sites)
+    parts = [site for site in sites if isinstance(site, Site) and site.branches]
+    joins: list[Join] = []
+    if parts and needs & NEEDS_OF_LAYERS:
+        with evaluation(model, seed):
+            joins = find_joins(model, parts, inputs)
+    recorders = _recorders(model, needs, sites, joins)
     with_gradients = bool(needs & NEEDS_OF_GRADIENTS)
     device = next(model.parameters()).device
     n_seen = torch.zeros(2, dtype=torch.float64)  # samples, labels
@@ -72,23 +78,28 @@ def collect(
 
 
 def _recorders(
-    model: nn.Module, needs: frozenset[str], sites: Sequence[Site | WeightSite]
+    model: nn.Module, needs: frozenset[str], sites: Sequence[Site | WeightSite], joins: Sequence[Join]
 ) -> list[tuple[str, Recorder]]:
-    """For each need, in a fixed order, what records it; heads and neurons by one recorder, layers by another."""
-    layers = [site for site in sites if isinstance(site, Site) and site.target == "layers"]
+    """For each need, in a fixed order, what records it; heads and neurons by one recorder, layers and parts by others."""
+    parts = [site for site in sites if isinstance(site, Site) and site.branches]
+    layers = [site for site in sites if isinstance(site, Site) and site.target == "layers" and not site.branches]
     units = [site for site in sites if isinstance(site, Site) and site.target != "layers"]
-    others = [site for site in sites if site not in layers]
+    others = [site for site in sites if not isinstance(site, Site) or site.target != "layers"]
+
+    def of_layers(of: Callable[[Tensor, Tensor], Tensor]) -> list[Recorder]:
+        return [LayerSums(model, layers, of), PartSums(model, parts, joins, of)]
+
+    def gates(of: Callable[[Tensor], Tensor]) -> list[Recorder]:
+        return [UnitGates(model, units, of), LayerGates(model, layers, of), PartGates(model, parts, joins, of)]
+
     makers: dict[str, Callable[[], list[Recorder]]] = {
         names.SQUARED_INPUTS: lambda: [InputSums(model, others)],
         names.MEAN_INPUTS: lambda: [InputSums(model, others, lambda x: x)],
         names.FIRING: lambda: [InputSums(model, others, _fires)],
-        names.SQUARED_UPDATES: lambda: [LayerSums(model, layers, lambda x, y: (y - x).square().mean(-1))],
-        names.TURNS: lambda: [LayerSums(model, layers, lambda x, y: 1 - cosine_similarity(x, y, dim=-1))],
-        names.GATE_GRADIENTS: lambda: [UnitGates(model, units), LayerGates(model, layers)],
-        names.SQUARED_GATE_GRADIENTS: lambda: [
-            UnitGates(model, units, torch.square),
-            LayerGates(model, layers, torch.square),
-        ],
+        names.SQUARED_UPDATES: lambda: of_layers(lambda x, y: (y - x).square().mean(-1)),
+        names.TURNS: lambda: of_layers(lambda x, y: 1 - cosine_similarity(x, y, dim=-1)),
+        names.GATE_GRADIENTS: lambda: gates(torch.abs),
+        names.SQUARED_GATE_GRADIENTS: lambda: gates(torch.square),
         names.WEIGHT_GRADIENTS: lambda: [WeightGradients(model, sites)],
     }
     return [(need, recorder) for need in sorted(needs) for recorder in makers[need]()]

@@ -48,8 +48,8 @@ class InputSums:
     ):
         self._model, self._of = model, of
         self._decoder = decoder_modules(model)
-        self.sums = {name: _zeros(size) for name, size in _input_sizes(model, sites)}
-        self.counts = {name: _zeros(1) for name in self.sums}
+        self.sums = {name: zeros(size) for name, size in _input_sizes(model, sites)}
+        self.counts = {name: zeros(1) for name in self.sums}
 
     def attach(self) -> Iterator[RemovableHandle]:
         for name in self.sums:
@@ -60,12 +60,12 @@ class InputSums:
         self._batch = batch
 
     def end(self) -> None:
-        _require_finite(self.sums, self._batch, "inputs")
+        require_finite(self.sums, self._batch, "inputs")
 
     def _hook(self, name: str, in_decoder: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = self._batch.tokens(_first_tensor(args, kwargs).detach(), in_decoder)  # (n_tokens, d_in)
-            self.sums[name] += _float64(self._of(_at_least_float32(x)), dim=(0,))
+            self.sums[name] += float64(self._of(at_least_float32(x)), dim=(0,))
             self.counts[name] += len(x)
 
         return hook
@@ -78,8 +78,8 @@ class LayerSums:
         self._model, self._of = model, of
         self._decoder = decoder_modules(model)
         self._positions = {site.key: _CallPositions(site) for site in sites}
-        self.sums = {site.key: _zeros(site.n_units) for site in sites}
-        self.counts = {site.key: _zeros(site.n_units) for site in sites}
+        self.sums = {site.key: zeros(site.n_units) for site in sites}
+        self.counts = {site.key: zeros(site.n_units) for site in sites}
 
     def attach(self) -> Iterator[RemovableHandle]:
         for key, positions in self._positions.items():
@@ -93,16 +93,16 @@ class LayerSums:
             positions.begin()
 
     def end(self) -> None:
-        _require_finite(self.sums, self._batch, "layers")
+        require_finite(self.sums, self._batch, "layers")
 
     def _hook(self, key: str, name: str, in_decoder: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             unit = self._positions[key].next(name)
             before, after = (
-                _at_least_float32(self._batch.tokens(x.detach(), in_decoder))  # (n_tokens, d_model)
+                at_least_float32(self._batch.tokens(x.detach(), in_decoder))  # (n_tokens, d_model)
                 for x in (_first_tensor(args, kwargs), _first_tensor((output,), {}))
             )
-            self.sums[key][unit] += _float64(self._of(before, after))
+            self.sums[key][unit] += float64(self._of(before, after))
             self.counts[key][unit] += len(before)
 
         return hook
@@ -118,15 +118,15 @@ class UnitGates:
     def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor], Tensor] = torch.abs):
         self._model = model
         self._sites = sites
-        self._gates = _SampleSums(of)
-        self.sums = {site.key: _zeros(site.n_units) for site in sites}
-        self.counts = {site.key: _zeros(1) for site in sites}
+        self._gates = SampleSums(of)
+        self.sums = {site.key: zeros(site.n_units) for site in sites}
+        self.counts = {site.key: zeros(1) for site in sites}
 
     def attach(self) -> Iterator[RemovableHandle]:
         for site in self._sites:
             for read in site.reads:
                 module = self._model.get_submodule(read.module)
-                yield module.register_forward_pre_hook(_start_graph, with_kwargs=True)
+                yield module.register_forward_pre_hook(start_graph, with_kwargs=True)
                 yield module.register_forward_pre_hook(self._hook(site, read), with_kwargs=True)
 
     def begin(self, batch: Batch) -> None:
@@ -135,7 +135,7 @@ class UnitGates:
 
     def end(self) -> None:
         self._gates.fold_into(self.sums)
-        _require_finite(self.sums, self._batch, "gate gradients")
+        require_finite(self.sums, self._batch, "gate gradients")
 
     def _hook(self, site: Site, read: Read) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,10 +144,10 @@ class UnitGates:
             self.counts[site.key] += 1
 
             def on_gradient(gradient: Tensor) -> None:
-                product = _at_least_float32(value) * self._batch.by_sample(_units(gradient, site, read), read.module)
+                product = at_least_float32(value) * self._batch.by_sample(_units(gradient, site, read), read.module)
                 # (B, positions, n_units * width) -> (B, n_units)
                 product = product.unflatten(-1, (site.n_units, read.span.width))
-                self._gates.add(site.key, _float64(product, dim=(1, 3)))
+                self._gates.add(site.key, float64(product, dim=(1, 3)))
 
             x.register_hook(on_gradient)
 
@@ -159,16 +159,16 @@ class LayerGates:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor], Tensor] = torch.abs):
         self._model = model
-        self._gates = _SampleSums(of)
+        self._gates = SampleSums(of)
         self._positions = {site.key: _CallPositions(site) for site in sites}
-        self.sums = {site.key: _zeros(site.n_units) for site in sites}
-        self.counts = {site.key: _zeros(site.n_units) for site in sites}
+        self.sums = {site.key: zeros(site.n_units) for site in sites}
+        self.counts = {site.key: zeros(site.n_units) for site in sites}
 
     def attach(self) -> Iterator[RemovableHandle]:
         for key, positions in self._positions.items():
             for name in positions.blocks:
                 block = self._model.get_submodule(name)
-                yield block.register_forward_pre_hook(_start_graph, with_kwargs=True)
+                yield block.register_forward_pre_hook(start_graph, with_kwargs=True)
                 yield block.register_forward_hook(self._hook(key, name), with_kwargs=True)
 
     def begin(self, batch: Batch) -> None:
@@ -179,7 +179,7 @@ class LayerGates:
 
     def end(self) -> None:
         self._gates.fold_into(self.sums)
-        _require_finite(self.sums, self._batch, "gate gradients")
+        require_finite(self.sums, self._batch, "gate gradients")
 
     def _hook(self, key: str, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -189,8 +189,8 @@ class LayerGates:
             self.counts[key][unit] += 1
 
             def on_gradient(gradient: Tensor) -> None:
-                gate = _float64(update * self._batch.by_sample(gradient, name), dim=(1, 2))  # (B,)
-                by_unit = _zeros(len(gate), positions.n_units).to(gate.device)
+                gate = float64(update * self._batch.by_sample(gradient, name), dim=(1, 2))  # (B,)
+                by_unit = zeros(len(gate), positions.n_units).to(gate.device)
                 by_unit[:, unit] = gate
                 self._gates.add(key, by_unit)
 
@@ -204,7 +204,7 @@ class WeightGradients:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site | WeightSite]):
         self.parameters = {name: model.get_parameter(name) for name in parameter_names(model, sites)}
-        self.sums = {name: _zeros(*parameter.shape) for name, parameter in self.parameters.items()}
+        self.sums = {name: zeros(*parameter.shape) for name, parameter in self.parameters.items()}
         self.counts: dict[str, Tensor] = {}
         self._broken: set[str] = set()
 
@@ -230,7 +230,7 @@ class WeightGradients:
         return hook
 
 
-class _SampleSums:
+class SampleSums:
     """Gate gradients of one batch by key, (B, n_units) float64: signed until all of a sample's are added up."""
 
     def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
@@ -285,7 +285,7 @@ def _units(x: Tensor, site: Site, read: Read) -> Tensor:
 def _update(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """What a block adds to its input, at least float32."""
     before, after = _first_tensor(args, kwargs).detach(), _first_tensor((output,), {}).detach()
-    return _at_least_float32(after) - _at_least_float32(before)
+    return at_least_float32(after) - at_least_float32(before)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -301,7 +301,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def _start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where nothing upstream needs a gradient, record from this input on: weights then need none either."""
     x = _first_tensor(args, kwargs)
     if x.requires_grad:
@@ -313,22 +313,22 @@ def _start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return (started, *args[1:]), kwargs
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _float64(x: Tensor, dim: Iterable[int] | None = None) -> Tensor:
+def float64(x: Tensor, dim: Iterable[int] | None = None) -> Tensor:
     """The sum over `dim` (all if None) in float64, by way of the CPU where the device has none (Apple's)."""
     x = x.cpu() if x.device.type == "mps" else x
     dims = tuple(range(x.dim())) if dim is None else tuple(dim)
     return x.sum(dims, dtype=torch.float64).cpu()
 
 
-def _zeros(*shape: int) -> Tensor:
+def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def _require_finite(sums: Mapping[str, Tensor], batch: Batch, what: str) -> None:
+def require_finite(sums: Mapping[str, Tensor], batch: Batch, what: str) -> None:
     for name, total in sums.items():
         if not torch.isfinite(total).all():
             raise _not_finite(name, batch, what)

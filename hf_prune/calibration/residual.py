@@ -5,13 +5,14 @@ Axes: B samples, T positions, d_model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.calibration.blocks import BlockCall, Place, first_tensor
+from hf_prune.structure.naming import is_linear
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,57 @@ def find_junctions(block: nn.Module, call: BlockCall, hidden: Tensor, projection
         call, hidden: one call of it.
         projections: names of linear layers inside the block.
     """
-    passed: list[tuple[Place, Tensor]] = []  # in the order in which they come by
+    passed = _passing(block, call, hidden)
+    places = [place for place, _ in passed]
+    ran = sorted(
+        (name for name in projections if (name, "output") in places), key=lambda n: places.index((n, "output"))
+    )
+    return [_junction(name, passed, places) for name in ran]
+
+
+@torch.no_grad()
+def find_branches(block: nn.Module, call: BlockCall, hidden: Tensor, projections: list[str]) -> dict[str, Junction]:
+    """Of each projection that ends a branch, the junction of what the branch adds: itself, or a module behind it that
+    norms or scales its output. Those for which none is found are left out.
+
+    Args:
+        block, call, hidden: as for `find_junctions`.
+        projections: names of linear layers inside the block.
+    """
+    passed = _passing(block, call, hidden)
+    places = [place for place, _ in passed]
+    found = {}
+    for name in projections:
+        for end in _ends(name, passed) if (name, "output") in places else ():
+            junction = _junction(end, passed, places)
+            if junction.total is not None:
+                found[name] = junction
+                break
+    for name, module in block.named_modules():
+        # parallel branches join at once, where the last of them has run
+        if is_linear(module) and (name, "output") in places:
+            junction = _junction(name, passed, places)
+            for other, _ in junction.rests[1:]:
+                if other in projections and other not in found:
+                    found[other] = Junction(other, junction.total)
+    return found
+
+
+def _ends(name: str, passed: list[tuple[Place, Tensor]]) -> Iterator[str]:
+    """`name`, then the module that takes its output in, then the one that takes in that one's."""
+    yield name
+    values = dict(reversed(passed))  # of each place the first
+    y, n = values[name, "output"], [place for place, _ in passed].index((name, "output"))
+    for (other, side), x in passed[n + 1 :]:
+        is_next = side == "input" and x.shape == y.shape and torch.equal(x, y) and (other, "output") in values
+        if is_next and not torch.equal(values[other, "output"], y):
+            yield other
+            y = values[other, "output"]
+
+
+def _passing(block: nn.Module, call: BlockCall, hidden: Tensor) -> list[tuple[Place, Tensor]]:
+    """What goes into and comes out of all modules of a block, in the order in which it comes by."""
+    passed: list[tuple[Place, Tensor]] = []
 
     def kept(value: Tensor) -> Tensor:
         """A copy, since a block may go on in place; nothing of what is no hidden state."""
@@ -85,11 +136,7 @@ def find_junctions(block: nn.Module, call: BlockCall, hidden: Tensor, projection
     finally:
         for handle in handles:
             handle.remove()
-    places = [place for place, _ in passed]
-    ran = sorted(
-        (name for name in projections if (name, "output") in places), key=lambda n: places.index((n, "output"))
-    )
-    return [_junction(name, passed, places) for name in ran]
+    return passed
 
 
 def _junction(name: str, passed: list[tuple[Place, Tensor]], places: list[Place]) -> Junction:

@@ -20,6 +20,8 @@ GATE_GRADIENTS = "gate_gradients"
 SQUARED_GATE_GRADIENTS = "squared_gate_gradients"
 WEIGHT_GRADIENTS = "weight_gradients"
 MOVEMENT = "movement"
+# of which those of layers look at what goes in and comes out
+NEEDS_OF_LAYERS = frozenset({SQUARED_UPDATES, TURNS, GATE_GRADIENTS, SQUARED_GATE_GRADIENTS})
 NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, SQUARED_GATE_GRADIENTS, WEIGHT_GRADIENTS})
 NEEDS_OF_TRAINING = frozenset({MOVEMENT})  # what no pass over calibration data tells
 
@@ -63,6 +65,8 @@ def parameter_names(model: nn.Module, sites: Sequence[Site | WeightSite]) -> lis
     for site in sites:
         if isinstance(site, WeightSite):
             names[site.name] = None
+        elif site.branches:
+            names.update(dict.fromkeys(name for branch in site.branches for name in branch.parameters))
         elif site.target == "layers":
             for block in dict.fromkeys(site.blocks):
                 names.update(
