@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_prune.allocation.choice import Choice
 from hf_prune.allocation.compare import cut_of, normalised
 from hf_prune.allocation.room import Allocate, Room, apportioned, bounds_of, by_scope, check_floors, share_for
-from hf_prune.criteria.selection import lowest
+from hf_prune.criteria.selection import lowest, lowest_by_row
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import WeightSite
 
@@ -253,14 +253,12 @@ def _choose(step: Any, pool: Sequence[_Seen], n_asked: int, progress: float, cho
 
 def _choose_rows(step: Any, each: _Seen, share: float, progress: float, choice: Choice) -> None:
     """Each output by itself."""
-    for row in range(each.score.shape[0]):
-        score, present = each.score[row], each.present[row]
-        if step.threshold is not None:
-            asked = _n_below(step, score, present, progress)
-        else:
-            asked = round(progress * min(share, each.ceiling) * int(present.sum()))
-        each.removed[row], near = lowest(score, present, each.gone[row], asked)
-        choice.n_near_ties += near
+    if step.threshold is not None:
+        asked = [_n_below(step, *row, progress) for row in zip(each.score, each.present, strict=True)]
+    else:
+        asked = [round(progress * min(share, each.ceiling) * n) for n in each.present.sum(1).tolist()]
+    each.removed, near = lowest_by_row(each.score, each.present, each.gone, torch.tensor(asked, dtype=torch.int64))
+    choice.n_near_ties += near
     if step.threshold is not None and not each.removed.any():
         choice.notes.append(f"threshold {step.threshold.rule} removes nothing from {each.site.name}")
     if share > each.ceiling:

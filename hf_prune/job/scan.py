@@ -85,15 +85,16 @@ def run_scan(
     if recipe.model is None or recipe.data is None:
         raise RecipeError("the scan needs the recipe's sections 'model' and 'data'")
     check_files(recipe.model)
+    section = recipe.data
     recipe = recipe.model_copy(update={"training": None})  # a new head would make any loss meaningless
     chosen = dict(criteria or {})
     if of_steps:
         targets = targets or list(dict.fromkeys(step.target for step in recipe.prune))
         for step in recipe.prune:
-            if _scores(step):
+            if step.target in targets and _scores(step):
                 chosen.setdefault(step.target, {"name": step.criterion.name, **step.criterion.options})
     with stages.stage("data"), PartialState().main_process_first():
-        task = prepare(recipe, *load_splits(recipe.data, recipe.seed))
+        task = prepare(recipe, *load_splits(section, recipe.seed))
     set_seed(recipe.seed)
     with stages.stage("loading"):
         try:

@@ -72,11 +72,11 @@ def scan(
     if samples < 1:
         raise RecipeError(f"samples is {samples}; expected at least 1")
     structure = inspect_model(model)
-    if stray := sorted((criteria or {}).keys() - set(targets or CRITERIA)):
-        raise RecipeError(f"criteria are given for {', '.join(stray)}, which is not scanned; scan it too or drop them")
     run = _Run(model, structure, sorted(set(sparsities)), seed, on_site)
     for target in targets or CRITERIA:
         run.add(target, (criteria or {}).get(target) or CRITERIA.get(target, "l1"), required=bool(targets))
+    if stray := sorted((criteria or {}).keys() - set(targets or CRITERIA)):
+        raise RecipeError(f"criteria are given for {', '.join(stray)}, which is not scanned; scan it too or drop them")
     batches = list(calibration)
     n_given = sum(n_samples(batch, index) for index, batch in enumerate(batches))
     if not n_given:
