@@ -34,6 +34,9 @@ class BySensitivity:
 
     file: str
 
+    def __post_init__(self) -> None:
+        read_curves(self.file)  # a file that can't be read is said before anything long begins
+
     def needs(self, target: Target) -> frozenset[str]:
         return frozenset()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from hf_prune.allocation import get as get_allocation
 from hf_prune.allocation import select_sites
 from hf_prune.apply.replace import takes_bias
 from hf_prune.calibration.batches import first_sample
@@ -39,6 +40,7 @@ def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | 
     """
     structure = inspect_model(model)
     for number, step in enumerate(recipe.prune):
+        get_allocation(step)  # its options can be, and a file that it names is there
         if step.target != "weights":
             require_sites(structure, step.target)
             select_sites(step, structure.of(step.target))

@@ -73,6 +73,20 @@ def test_owl_of_blocks_alike_is_the_sparsity_everywhere():
     assert set(found.values()) == {0.5}
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "falcon-new"])
+@pytest.mark.parametrize("pattern", ["unstructured", {"block": [4, 4]}])
+def test_owl_holds_the_total_on_any_layout(name, pattern):
+    """Conv1D, fused projections, a pooler outside the blocks."""
+    model = zoo.build(name)
+    step = {"target": "weights", "sparsity": 0.37, "scope": "layer", "pattern": pattern}
+    step["allocation"] = {"name": "owl", "multiple": 2, "spread": 0.2}
+    masks = plan(model, step, batches=labelled("bert" if name == "bert" else "llama")).masks.weights
+    gone, total = sum(int((~keep).sum()) for keep in masks.values()), sum(keep.numel() for keep in masks.values())
+    assert abs(gone - 0.37 * total) <= (0.5 if pattern == "unstructured" else 8)
+    lost = {round(float((~keep).double().mean()), 2) for keep in masks.values()}
+    assert len(lost) > 1 and max(lost) <= 0.57 + 0.01 and min(lost) >= 0.17 - 0.01
+
+
 def test_owl_needs_data_and_options_that_can_be():
     step = {"target": "weights", "sparsity": 0.5, "allocation": "owl"}
     with pytest.raises(hf_prune.CalibrationError, match="allocation 'owl' looks at data"):

@@ -113,3 +113,12 @@ def test_a_recipe_may_lack_its_model(cli, folder):
     Recipe.from_dict(document).to_yaml(folder / "recipe.yaml")
     done = cli("sensitivity", "recipe.yaml")
     assert done.code == 2 and "needs the recipe's sections 'model' and 'data'" in done.err
+
+
+def test_figures_that_are_not_there_are_missed_before_any_weight_is_read(cli, folder):
+    steps = [{"target": "weights", "sparsity": 0.5, "allocation": {"name": "sensitivity", "file": "curves.json"}}]
+    inputs.write_recipe(folder / "recipe.yaml", prune=steps)
+    (folder / "model" / "model.safetensors").unlink()
+    done = cli("run", "recipe.yaml", "--plan-only")
+    assert done.code == 2
+    assert "there is no curves.json; `hf-prune sensitivity MODEL --json curves.json` writes it" in done.err

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import hf_prune
 from hf_prune.apply.masks import set_masks
@@ -89,6 +90,28 @@ def test_what_is_in_no_block_is_measured_on_the_whole_model():
     model, batches = zoo.build("bert", torch.float64), data("bert")
     found = scan(model, batches, targets=["weights"], sparsities=(0.5,), samples=99)
     assert any("pooler" in curve.name and curve.losses[0] != found.loss for curve in found.sites)
+
+
+@pytest.mark.parametrize("target", ["layers", "attention_heads", "ffn_neurons"])
+def test_an_encoder_is_measured_through_its_decoder(target):
+    transformers.set_seed(0)
+    sizes = dict(vocab_size=99, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    batches = [batch | {"labels": batch["input_ids"].flip(1)} for batch in labelled("llama")]
+    found = scan(model, batches, targets=[target], criteria={target: "l2"}, sparsities=(0.5,), samples=99)
+    assert {curve.name.split(".")[0] for curve in found.sites} == {"encoder", "decoder"}
+    for curve in found.sites:
+        step = {"target": target, "sparsity": 0.5, "criterion": "l2", "include": [curve.name]}
+        other = copy.deepcopy(model)
+        set_masks(other, hf_prune.make_plan(model, {"version": 1, "prune": [step]}).masks)
+        with torch.no_grad():
+            expected = sum(float(other(**batch).loss) for batch in batches) / len(batches)  # as many labels in each
+        assert curve.losses == [pytest.approx(expected, rel=1e-6)], curve.name
 
 
 def test_the_number_of_samples_and_the_size_of_batches():
