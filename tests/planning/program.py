@@ -9,7 +9,10 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from hf_prune import make_plan
+from hf_prune.calibration import collect
+from hf_prune.structure import inspect_model
 from tests import zoo
+from tests.calibration.test_collect import NEEDS
 from tests.criteria.test_contract import labelled
 
 
@@ -26,6 +29,7 @@ RECIPES = {
     "loss_change": ([{"target": "layers", "sparsity": 0.67, "criterion": "loss_change"}], 5),
     "least_squares": ([{**NEURONS, **REPAIR}, {"target": "attention_heads", "sparsity": 0.5, **REPAIR}], 5),
     "least_squares-one": ([{**NEURONS, **REPAIR}], 1),
+    "least_squares-new-biases": ([{**NEURONS, "compensation": {"name": "least_squares", "add": True}}], 5),
     "linear": ([{**LAYERS, "compensation": "linear"}], 5),
     "sparsegpt": ([{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}], 5),
     "sparsegpt-dense": (
@@ -53,6 +57,12 @@ def main(directory, rank, world):
         plan = make_plan(model, {"version": 1, "prune": steps}, calibration=batches)
         tensors = {**plan.mask_tensors(), **{f"new|{key}": value for key, value in plan.replacements.items()}}
         save_file(tensors, directory / f"{name}-of-{world}-rank{rank}.safetensors")
+    model = zoo.build("llama")
+    structure, batches = inspect_model(model), labelled("llama", n_batches=5, size=4, padded=True)
+    found = collect(model, batches, NEEDS, [*structure.sites, *structure.weights])
+    statistics = {f"{need}|{key}": value for need in NEEDS for key, value in getattr(found, need).items()}
+    statistics["counts"] = torch.tensor([found.n_samples, found.n_labels])
+    save_file(statistics, directory / f"statistics-of-{world}-rank{rank}.safetensors")
 
 
 if __name__ == "__main__":

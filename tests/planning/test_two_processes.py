@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.calibration.test_collect import NEEDS
 from tests.planning.program import RECIPES
 
 
@@ -32,7 +33,7 @@ def plans(tmp_path_factory):
     def read(name, world, rank):
         return load_file(directory / f"{name}-of-{world}-rank{rank}.safetensors")
 
-    return {name: (read(name, 1, 0), [read(name, 2, rank) for rank in (0, 1)]) for name in RECIPES}
+    return {name: (read(name, 1, 0), [read(name, 2, rank) for rank in (0, 1)]) for name in (*RECIPES, "statistics")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -53,3 +54,15 @@ def test_the_plan_of_two_is_the_plan_of_one(plans, name):
         close = torch.isclose(alone[key], first[key], rtol=1e-5, atol=1e-5 * alone[key].abs().max().item())
         rows = same.all(1) if same.dim() > 1 else same  # a near-tie moves the values of its row too
         assert close[rows].all()
+
+
+@pytest.mark.parametrize("need", sorted(NEEDS))
+def test_the_statistics_of_two_are_those_of_one(plans, need):
+    alone, (first, second) = plans["statistics"]
+    keys = [key for key in alone if key.startswith(f"{need}|")]
+    assert keys and first.keys() == second.keys() == alone.keys()
+    assert torch.equal(first["counts"], alone["counts"])
+    for key in keys:
+        assert torch.equal(first[key], second[key])
+        # what a criterion is handed: rounded to float32
+        assert torch.equal(first[key].float(), alone[key].float()), key
