@@ -287,10 +287,6 @@ def _named_units(step: Any, sites: Sequence[Site], eligible: Mapping[str, Tensor
     return gone
 
 
-def _name(pool: Sequence[Site]) -> str:
-    return pool[0].name if len(pool) == 1 else f"{len(pool)} {pool[0].target} sites"
-
-
 def _range(numbers: Sequence[int]) -> str:
     """What the units of a site may be called."""
     ends = numbers[0], numbers[-1]
