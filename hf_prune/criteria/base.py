@@ -68,6 +68,26 @@ class PrunesMatrices(Criterion, Protocol):
         """Keep-mask and values (d_out, d_in), from the Gram matrix (d_in, d_in) of the inputs."""
 
 
+class RemovedUnits(NamedTuple):
+    """What `RemovesUnits.remove_units` makes of the projection (d_out, d_in) that reads the units."""
+
+    keep: Tensor  # bool (n_units,)
+    values: Tensor  # float32 (d_out, d_in), zero in the columns of units that left
+    n_near_ties: int  # units that stay and that another machine's rounding might take instead
+
+
+@runtime_checkable
+class RemovesUnits(Criterion, Protocol):
+    """A criterion that chooses the units that a projection reads, and gives new values to the columns that stay."""
+
+    dense_target: bool  # aim at the dense model's outputs
+
+    def remove_units(
+        self, matrix: Tensor, gram: Tensor, columns: Tensor, there: Tensor, n_leaving: int
+    ) -> RemovedUnits:
+        """What stays of the units `there` (n_units,), whose inputs are `columns` (n_units, width)."""
+
+
 def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tensor]) -> Tensor:
     """The mean of `of(parameter name, parameter)`, elementwise, over all entries of each unit: float64 (n_units,).
 

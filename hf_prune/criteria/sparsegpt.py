@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import PrunedMatrix
+from hf_prune.criteria.gram import damped, require_damping
 from hf_prune.criteria.selection import NEAR_TIE, lowest
-from hf_prune.errors import CalibrationError, RecipeError
+from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -44,10 +45,7 @@ class SparseGPT:
         for name, least in (("block", 1), ("refine", 0)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{name} of criterion sparsegpt is {getattr(self, name)}; expected at least {least}")
-        if not self.damping > 0:
-            raise RecipeError(
-                f"damping of criterion sparsegpt is {self.damping}; expected a number above 0, such as 0.01"
-            )
+        require_damping("sparsegpt", self.damping)
 
     def needs(self, target: Target) -> frozenset[str]:
         return frozenset()
@@ -74,22 +72,12 @@ class SparseGPT:
             CalibrationError: the ridge is too small for the Gram matrix.
         """
         original = matrix.float().masked_fill(~there, 0.0)
-        damped = gram.double().clone()
-        dead = damped.diagonal() <= 0
-        scale = damped.diagonal()[~dead].mean() if not dead.all() else 1.0
-        damped.diagonal()[dead] = scale
-        damped.diagonal().add_(self.damping * scale)
+        ridged, inverse, dead = damped(gram, self.damping, "sparsegpt")
         wanted = original.masked_fill(dead, 0.0)  # columns whose input never fires leave first
-        try:
-            factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
-        except torch.linalg.LinAlgError as error:
-            raise CalibrationError(
-                f"the Gram matrix of the {len(gram)} inputs is singular with damping {self.damping}; give more calibration "
-                "data, or a larger damping of criterion sparsegpt, such as 0.01"
-            ) from error
+        factor = torch.linalg.cholesky(inverse, upper=True).float()
         keep, values, n_near = self._sweep(wanted.clone(), factor, there, n_leaving, group)
         if self.refine:
-            values = solve_on_support(values, wanted, keep, damped.float(), self.refine)
+            values = solve_on_support(values, wanted, keep, ridged.float(), self.refine)
         # what stays of those columns is as it was: nothing is known about it
         return PrunedMatrix(keep, torch.where(keep & dead, original, values), n_near)
 

@@ -20,10 +20,10 @@ from hf_prune.calibration.batches import first_sample, to_device
 from hf_prune.calibration.statistics import NEEDS_OF_TRAINING, Statistics
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.criteria import get as get_criterion
-from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits
+from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits, RemovesUnits
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks, PruningPlan
-from hf_prune.planning.sparsify import sparsify
+from hf_prune.planning.block_by_block import BlockByBlock
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.fields import weighted_criteria
 from hf_prune.recipe.vocabulary import CRITERIA
@@ -93,13 +93,13 @@ class StepPlanner:
 
     @property
     def updates_weights(self) -> bool:
-        """Whether the criterion chooses weights block by block, and gives those that stay new values."""
-        return isinstance(self.criterion, PrunesMatrices)
+        """Whether the criterion goes block by block, and gives the weights that stay new values."""
+        return isinstance(self.criterion, (PrunesMatrices, RemovesUnits))
 
     @property
     def reads_data(self) -> bool:
         """Whether the criterion looks at calibration data."""
-        measures = isinstance(self.criterion, (PrunesMatrices, RanksUnits))
+        measures = isinstance(self.criterion, (PrunesMatrices, RanksUnits, RemovesUnits))
         return self.criterion is not None and (measures or bool(self.criterion.needs(self.step.target)))
 
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
@@ -111,7 +111,17 @@ class StepPlanner:
             eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
             gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
             if isinstance(self.criterion, PrunesMatrices):
-                return before & self._sparsify(self.criterion, weights, eligible, gone, progress, plan)
+                out = count_weights(
+                    self.step,
+                    weights,
+                    eligible,
+                    gone,
+                    progress=progress,
+                    allocate=self._allocate(weights, eligible),
+                )
+                return before & self._block_by_block(plan).prune_weights(
+                    self.criterion, weights, eligible, gone, out, progress
+                )
             scores = self._scores(weights, gone)
             chosen = choose_weights(
                 self.step,
@@ -149,17 +159,16 @@ class StepPlanner:
                 allowed_sizes=(lambda group: allowed_sizes(self.model, group, leaving)) if self.step.uniform else None,
                 allocate=self._allocate(sites, eligible),
             )
-            if isinstance(self.criterion, RanksUnits):
+            if isinstance(self.criterion, (RanksUnits, RemovesUnits)):
                 # how many leave each site doesn't depend on scores here; which, it measures with that many in mind
-                kept = choose(scores={site.key: torch.zeros(site.n_units) for site in sites}).keep
+                counted = choose(scores={site.key: torch.zeros(site.n_units) for site in sites})
                 there = {key: mask & ~gone[key] if key in gone else mask for key, mask in eligible.items()}
+                n_removed = {key: int((there[key] & ~keep).sum()) for key, keep in counted.keep.items()}
+                if isinstance(self.criterion, RemovesUnits):
+                    plan.notes += [note for note in counted.notes if note not in plan.notes]
+                    return before & self._block_by_block(plan).remove_units(self.criterion, sites, there, n_removed)
                 scores = self.criterion.rank_units(
-                    self._as_left(),
-                    sites,
-                    self._require_batches(),
-                    {key: int((there[key] & ~keep).sum()) for key, keep in kept.items()},
-                    there,
-                    self.recipe.seed,
+                    self._as_left(), sites, self._require_batches(), n_removed, there, self.recipe.seed
                 )
                 self._require_finite(scores)
             else:
@@ -256,62 +265,10 @@ class StepPlanner:
         set_masks(model, self.left)
         return model
 
-    def _sparsify(
-        self,
-        criterion: PrunesMatrices,
-        sites: Sequence[WeightSite],
-        eligible: Mapping[str, Tensor],
-        gone: Mapping[str, Tensor],
-        progress: float,
-        plan: PruningPlan,
-    ) -> KeepMasks:
-        """Choose and update together, on the model as earlier steps and their repairs leave it."""
-        pattern = self.step.pattern
-        group = (pattern.n, pattern.m) if pattern.kind == "n_m" else None
-        if group and progress < 1:
-            raise RecipeError(
-                f"criterion {self.step.criterion.name} prunes N:M at once: use schedule one_shot, or another criterion"
-            )
-        left = {name: mask & ~gone[name] if name in gone else mask for name, mask in eligible.items()}
-        allocate = self._allocate(sites, eligible)
-        out = count_weights(self.step, sites, eligible, gone, progress=progress, allocate=allocate)
-
-        def prune(site: WeightSite, matrix: Tensor, gram: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-            rows, columns = (torch.nonzero(there.any(dim)).reshape(-1) for dim in (1, 0))
-            if group and len(columns) % group[1]:
-                raise RecipeError(
-                    f"{site.name}: {group[1]} of {group[0]}:{group[1]} does not divide its {len(columns)} inputs; exclude it"
-                )
-            keep, values = torch.zeros_like(there), torch.zeros_like(matrix, dtype=torch.float32)
-            n_left = int(there.sum())
-            if n_left:
-                n_eligible = int(eligible[site.name].sum())
-                n_leaving = 0 if group else out[site.name] - (n_eligible - n_left)
-                inner = (rows[:, None], columns)
-                try:
-                    keep[inner], values[inner], n_near_ties = criterion.prune(
-                        matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group
-                    )
-                except CalibrationError as error:
-                    raise CalibrationError(f"{site.name}: {error}") from error
-                plan.n_near_ties += n_near_ties
-            return keep, values
-
-        done = sparsify(
-            self.model,
-            self.structure,
-            self.kept,
-            plan.replacements,
-            sites,
-            left,
-            prune,
-            self._require_batches(),
-            dense_target=criterion.dense_target,
-            offload=self.recipe.calibration.offload,
-            seed=self.recipe.seed,
+    def _block_by_block(self, plan: PruningPlan) -> BlockByBlock:
+        return BlockByBlock(
+            self.model, self.structure, self.recipe, self.step, self._require_batches(), self.kept, plan
         )
-        plan.replacements.update(done.values)
-        return KeepMasks(weights=done.keep)
 
     def _costs(self) -> UnitCosts | None:
         budget, there = self.step.sparsity, self.kept.units

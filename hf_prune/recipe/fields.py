@@ -14,12 +14,11 @@ from hf_prune.recipe.vocabulary import (
     COMBINABLE,
     COMPENSATIONS,
     CRITERIA,
-    LATER_CRITERIA,
     AllocationEntry,
     CompensationEntry,
     CriterionEntry,
 )
-from hf_prune.recipe.words import NOT_YET, nearest, shown
+from hf_prune.recipe.words import nearest, shown
 
 
 # type of a criterion's option in JSON Schema -> what Python has for it, and how to say it
@@ -123,8 +122,6 @@ def parse_criterion(value: Any) -> Any:
         raise ValueError("expected a criterion's name, or {name: …, option: …}")
     name, options = value["name"], {key: option for key, option in value.items() if key != "name"}
     known = ", ".join(CRITERIA)
-    if name in LATER_CRITERIA - CRITERIA.keys():
-        raise ValueError(f"criterion {name!r} {NOT_YET}; known: {known}")
     if name not in CRITERIA:
         raise ValueError(f"unknown criterion {name!r}; known: {known}{nearest(name, CRITERIA)}")
     entry = CRITERIA[name]

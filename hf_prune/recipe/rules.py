@@ -66,7 +66,7 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(step.get("remove"), (list, tuple)) and target != "layers":
             yield "remove", 'remove of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
     is_part = step.get("part") in PARTS
-    if is_part and target in EVERY_TARGET - {"layers"}:
+    if is_part and isinstance(target, str) and target in EVERY_TARGET - {"layers"}:
         yield "part", f"part {step['part']} is for target layers, not {target}"
     if step.get("uniform") is True and target != "weights":
         if target == "layers":

@@ -58,6 +58,13 @@ CRITERIA = {
         options={"block": "integer", "damping": "number", "refine": "integer", "dense_target": "boolean"},
         is_blockwise=True,
     ),
+    "greedy": CriterionEntry(
+        "greedy",
+        "Greedy",
+        targets=frozenset({"ffn_neurons", "attention_heads"}),
+        options={"damping": "number", "dense_target": "boolean"},
+        is_greedy=True,
+    ),
     "combined": CriterionEntry("combined", "Combined", options={"of": "criteria"}, required=frozenset({"of"})),
     "movement": CriterionEntry("movement", "Movement", targets=EVERY_TARGET - {"layers"}),
     "soft_movement": CriterionEntry("movement", "SoftMovement", targets=EVERY_TARGET - {"layers"}, by_threshold=True),
@@ -106,10 +113,3 @@ ALLOCATIONS = {
         "sensitivity", "BySensitivity", options={"file": "string"}, required=frozenset({"file"})
     ),
 }
-
-# What the language has names for and this version has not.
-LATER_CRITERIA = frozenset(
-    {
-        "greedy",
-    }
-)  # fmt: skip

@@ -9,7 +9,7 @@ import yaml
 import hf_prune
 from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, NEEDS_OF_TRAINING
 from hf_prune.criteria import get
-from hf_prune.criteria.base import PrunesMatrices, RanksUnits
+from hf_prune.criteria.base import PrunesMatrices, RanksUnits, RemovesUnits
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import inspect_model
@@ -54,7 +54,7 @@ def test_the_table_says_what_data_each_needs(name, entry):
     assert needs <= NEEDS[row[0]]
     if isinstance(criterion, RanksUnits):  # these collect by themselves
         assert row[0] == ("inputs and a loss" if criterion.loss_units else "inputs")
-    elif isinstance(criterion, PrunesMatrices):
+    elif isinstance(criterion, (PrunesMatrices, RemovesUnits)):
         assert row[0] == "inputs"
     else:
         assert bool(needs) == bool(NEEDS[row[0]])

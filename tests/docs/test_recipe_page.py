@@ -11,7 +11,6 @@ from hf_prune.criteria import get
 from hf_prune.recipe import Recipe, schema
 from hf_prune.recipe.mistakes import LATER
 from hf_prune.recipe.training import SAID_ELSEWHERE
-from hf_prune.recipe.vocabulary import LATER_CRITERIA
 from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.docs.pages import ROOT, blocks, sections, table
@@ -99,7 +98,6 @@ def test_what_is_not_in_this_version():
     text = sections(PAGE)["Not in this version"]
     for key, value in LATER:
         assert f"`{key}`" in text if value is None else f"`{key}: {value}`" in text
-    assert all(f"`{name}`" in text for name in LATER_CRITERIA)
 
 
 def test_training_fields_that_have_a_place_elsewhere():

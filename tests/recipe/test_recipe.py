@@ -6,7 +6,6 @@ import pytest
 
 from hf_prune.errors import RecipeError
 from hf_prune.recipe import Recipe
-from hf_prune.recipe.vocabulary import LATER_CRITERIA
 
 
 STEP = {"target": "ffn_neurons", "sparsity": 0.5}
@@ -230,12 +229,6 @@ training: {learning_rte: 1e-3}
 def test_refused(changes, message):
     with pytest.raises(RecipeError, match=message.replace("*", r"\*")):
         Recipe.from_dict(recipe(**changes))
-
-
-@pytest.mark.parametrize("name", sorted(LATER_CRITERIA))
-def test_a_criterion_of_later_is_refused_by_name(name):
-    with pytest.raises(RecipeError, match=f"criterion '{name}' is not supported in this version of hf_prune"):
-        Recipe.from_dict(recipe(prune=[STEP | {"criterion": name}]))
 
 
 def test_mistakes_in_values_hide_no_mistake_between_keys():
