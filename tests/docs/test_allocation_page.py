@@ -1,15 +1,14 @@
 """docs/allocation.md against the table of allocations, the options of the scan, and recipes that are planned."""
 
-import inspect
-import typing
 from dataclasses import fields
 from importlib import import_module
 
 import pytest
 import yaml
+from typer.main import get_command
 
 import hf_prune
-from hf_prune.cli.sensitivity import sensitivity
+from hf_prune.cli.main import app
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.vocabulary import ALLOCATIONS
 from hf_prune.sensitivity import DEFAULT_SPARSITIES
@@ -54,13 +53,14 @@ def test_every_yaml_block_is_of_a_kind_that_is_checked():
 
 def test_the_options_of_the_scan_and_their_defaults():
     text = sections(PAGE)["Measuring sensitivity"]
-    for name, hint in typing.get_type_hints(sensitivity, include_extras=True).items():
-        if name not in ("model", "overrides", "return"):
-            option = typing.get_args(hint)[1]
-            said = [each for each in option.param_decls or () if each.startswith("--")] or [f"--{name}"]
-            assert f"`{said[0]}" in text
+    options = {
+        each.name: each for each in get_command(app).commands["sensitivity"].params if each.param_type_name == "option"
+    }
+    assert len(options) == 8
+    for option in options.values():
+        assert f"`{option.opts[0]}" in text
     rows = table(text)
-    assert rows["--samples"][0] == str(inspect.signature(sensitivity).parameters["samples"].default)
+    assert rows["--samples"][0] == str(options["samples"].default)
     assert rows["--sparsity"][0] == ", ".join(f"{share:g}" for share in DEFAULT_SPARSITIES)
     for criterion in CRITERIA.values():
         assert criterion in rows["--criterion TARGET=NAME"][0]
