@@ -8,9 +8,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
-from hf_prune.calibration.statistics import NEEDS_OF_TRAINING
 from hf_prune.criteria import get as get_criterion
-from hf_prune.criteria.base import PrunesMatrices, RanksUnits
+from hf_prune.criteria.base import Criterion
 from hf_prune.errors import RecipeError
 from hf_prune.job.models import check_files, model_class, read_config
 from hf_prune.job.progress import Stages
@@ -20,6 +19,7 @@ from hf_prune.job.tasks import prepare
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.shipped import find_recipe, shipped_recipes
 from hf_prune.sensitivity import Sensitivity, scan
+from hf_prune.sensitivity.scan import scores_as_it_is
 
 
 # of a model without a recipe: enough for norms of activations
@@ -91,7 +91,7 @@ def run_scan(
     if of_steps:
         targets = targets or list(dict.fromkeys(step.target for step in recipe.prune))
         for step in recipe.prune:
-            if step.target in targets and _scores(step):
+            if step.target in targets and scores_as_it_is(_criterion(step), step.target):
                 chosen.setdefault(step.target, {"name": step.criterion.name, **step.criterion.options})
     with stages.stage("data"), PartialState().main_process_first():
         task = prepare(recipe, *load_splits(section, recipe.seed))
@@ -117,12 +117,8 @@ def run_scan(
         )
 
 
-def _scores(step: Any) -> bool:
-    """Whether a step's criterion scores units or weights of a model as it is, which a scan needs."""
-    criterion = get_criterion(step.criterion.name, step.criterion.options)
-    return not isinstance(criterion, (PrunesMatrices, RanksUnits)) and not (
-        criterion.needs(step.target) & NEEDS_OF_TRAINING
-    )
+def _criterion(step: Any) -> Criterion:
+    return get_criterion(step.criterion.name, step.criterion.options)
 
 
 def _task_of(model: str) -> str:

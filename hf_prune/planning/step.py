@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.allocation import choose_units, choose_weights, count_weights, select_sites
+from hf_prune.allocation import Choice, choose_units, choose_weights, count_weights, select_sites
 from hf_prune.allocation import get as get_allocation
 from hf_prune.allocation.room import Allocate, Look
 from hf_prune.apply.masks import masks_of, set_masks
@@ -98,9 +98,9 @@ class StepPlanner:
 
     @property
     def reads_data(self) -> bool:
-        """Whether the criterion looks at calibration data."""
+        """Whether the criterion or the allocation looks at calibration data."""
         measures = isinstance(self.criterion, (PrunesMatrices, RanksUnits, RemovesUnits))
-        return self.criterion is not None and (measures or bool(self.criterion.needs(self.step.target)))
+        return measures or any(each.needs(self.step.target) for each in (self.criterion, self.allocation) if each)
 
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         """What the step keeps after this update; notes, near-ties and new values go into `plan`."""
@@ -122,19 +122,23 @@ class StepPlanner:
                 return before & self._block_by_block(plan).prune_weights(
                     self.criterion, weights, eligible, gone, out, progress
                 )
-            scores = self._scores(weights, gone)
-            chosen = choose_weights(
-                self.step,
-                weights,
-                scores,
-                eligible,
-                gone,
-                progress=progress,
-                present=present,
-                as_they_are=bool(self.criterion and self.criterion.loss_units)
-                or CRITERIA[self.step.criterion.name].same_unit,
-                allocate=self._allocate(weights, eligible),
-            )
+            self._look(weights)
+            # where matrices don't compete, the scores of one are there at a time
+            compete = self.allocation is not None or self.step.scope == "global"
+            chosen = Choice({})
+            for pool in [weights] if compete else [[site] for site in weights]:
+                chosen += choose_weights(
+                    self.step,
+                    pool,
+                    self._scores(pool, gone),
+                    eligible,
+                    gone,
+                    progress=progress,
+                    present=present,
+                    as_they_are=bool(self.criterion and self.criterion.loss_units)
+                    or CRITERIA[self.step.criterion.name].same_unit,
+                    allocate=self._allocate(pool, eligible),
+                )
             keep = KeepMasks(weights=chosen.keep)
         else:
             require_sites(self.structure, self.step.target, self.step.part)
@@ -193,7 +197,7 @@ class StepPlanner:
         if self.step.threshold is not None and gone:
             # what has left counts as below a threshold, whatever it would score now
             least = min(float(score.min()) for score in scores.values())
-            scores |= {name: scores[name].masked_fill(out, least) for name, out in gone.items()}
+            scores |= {name: scores[name].masked_fill(out, least) for name, out in gone.items() if name in scores}
         self._require_finite(scores)
         return scores
 

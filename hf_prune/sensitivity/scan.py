@@ -21,12 +21,13 @@ from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.loss import with_labels
 from hf_prune.calibration.statistics import NEEDS_OF_TRAINING
 from hf_prune.criteria import get as get_criterion
-from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits
+from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits, RemovesUnits
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
 from hf_prune.recipe import Recipe
 from hf_prune.sensitivity.curves import Curve, Sensitivity
 from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites, stacks_of
+from hf_prune.structure.sites import Target
 
 
 DEFAULT_SPARSITIES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
@@ -90,6 +91,12 @@ def scan(
         return run.measure(mine, min(samples, n_given))
 
 
+def scores_as_it_is(criterion: Criterion, target: Target) -> bool:
+    """Whether a criterion scores units or weights of a model as it is: doesn't choose by itself, nor while training."""
+    chooses = isinstance(criterion, (PrunesMatrices, RanksUnits, RemovesUnits))
+    return not chooses and not criterion.needs(target) & NEEDS_OF_TRAINING
+
+
 @dataclass
 class _Run:
     """One scan."""
@@ -113,7 +120,7 @@ class _Run:
         steps = list(Recipe.from_dict({"version": 1, "prune": prune}).prune)  # checks the names
         said = steps[0].criterion
         scorer = get_criterion(said.name, said.options)
-        if isinstance(scorer, (PrunesMatrices, RanksUnits)) or scorer.needs(steps[0].target) & NEEDS_OF_TRAINING:
+        if not scores_as_it_is(scorer, steps[0].target):
             raise RecipeError(
                 f"criterion {said.name} doesn't score {target} on a model as it is; take another for the scan, such as "
                 f"{CRITERIA[target]}"

@@ -166,6 +166,7 @@ def test_the_curves_serve_as_an_allocation(tmp_path):
             "sparsegpt doesn't score weights .* such as wanda",
         ),
         ({"targets": ["layers"], "criteria": {"layers": "loss_change"}}, "loss_change doesn't score layers"),
+        ({"targets": ["ffn_neurons"], "criteria": {"ffn_neurons": "greedy"}}, "greedy doesn't score ffn_neurons"),
         ({"targets": ["weights"], "criteria": {"weights": "movement"}}, "movement doesn't score weights"),
         ({"targets": ["weights"], "criteria": {"layers": "angular"}}, "criteria are given for layers, which"),
     ],
