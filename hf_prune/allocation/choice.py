@@ -26,6 +26,13 @@ class Choice:
     notes: list[str] = field(default_factory=list)
     n_near_ties: int = 0
 
+    def __iadd__(self, other: Choice) -> Choice:
+        """With the choice for other sites."""
+        self.keep |= other.keep
+        self.notes += other.notes
+        self.n_near_ties += other.n_near_ties
+        return self
+
 
 def select_sites(step: Any, sites: Sequence[AnySite]) -> list[AnySite]:
     """The sites that `include` names (all if empty) less those that `exclude` does; globs on module names.

@@ -5,6 +5,7 @@ Axes: B samples, T positions, d entries.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,15 @@ def dealt(batches: Sequence[Mapping[str, Any]], device: torch.device) -> Iterato
     rank, world = rank_and_world()
     for index in range(rank, len(batches), world):
         yield Batch.of(index, batches[index], device)
+
+
+def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`inputs` such that a language model puts out the logits of one token a sample, if it can: all of them would take more
+    memory than the rest of the pass.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "labels"} | {"logits_to_keep": 1}
 
 
 def decoder_modules(model: nn.Module) -> frozenset[int]:

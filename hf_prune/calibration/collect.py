@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from hf_prune.calibration import statistics as names
-from hf_prune.calibration.batches import Batch, dealt, take
+from hf_prune.calibration.batches import Batch, dealt, take, without_logits
 from hf_prune.calibration.branches import Join, PartGates, PartSums, find_joins
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
 from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
@@ -121,7 +121,7 @@ def _run(model: nn.Module, batch: Batch, recorders: Sequence[tuple[str, Recorder
     for _, recorder in recorders:
         recorder.begin(batch)
     with torch.set_grad_enabled(with_gradients):
-        outputs = model(**batch.inputs)
+        outputs = model(**(batch.inputs if with_gradients else without_logits(model, batch.inputs)))
         if with_gradients:
             loss = loss_sum(outputs, batch, count)
             if not loss.requires_grad:

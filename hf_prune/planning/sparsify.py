@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.masks import masked_entries
-from hf_prune.calibration.batches import Batch, dealt
+from hf_prune.calibration.batches import Batch, dealt, without_logits
 from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
@@ -140,7 +140,7 @@ def _in_order(
             for name, (first, *_) in stages.items()
         ]
         try:
-            model(**batches[0].inputs)
+            model(**without_logits(model, batches[0].inputs))
         finally:
             for handle in handles:
                 handle.remove()
