@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_prune.calibration.reduction import sum_over_processes
-from hf_prune.criteria.sparsegpt import solve_on_support
+from hf_prune.criteria.support import solve_on_support
 from hf_prune.errors import CalibrationError
 
 

@@ -94,7 +94,10 @@ def mean_by_unit(model: nn.Module, site: Site, of: Callable[[str, Tensor], Tenso
     For heads and neurons over every slice that leaves together, biases in; for layers and their parts over all parameters.
     """
     if site.branches:
-        held = [[of(name, model.get_parameter(name)).double().reshape(-1).cpu() for name in b.parameters] for b in site.branches]
+        held = [
+            [of(name, model.get_parameter(name)).double().reshape(-1).cpu() for name in b.parameters]
+            for b in site.branches
+        ]
         return torch.stack([torch.cat(values).mean() for values in held])
     if site.target == "layers":
         means: dict[str, Tensor] = {}

@@ -15,6 +15,7 @@ from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import PrunedMatrix
 from hf_prune.criteria.gram import damped, require_damping
 from hf_prune.criteria.selection import NEAR_TIE, lowest
+from hf_prune.criteria.support import solve_on_support, swap_
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
@@ -24,13 +25,15 @@ class SparseGPT:
     """Frantar & Alistarh 2023, algorithm 1: columns from left to right; the least w² / [H⁻¹]²_jj leave, block by block,
     and what is lost moves to the columns behind.
 
-    Two differences: what is kept is solved for once more at the end, all columns at a time (`refine` steps of the
-    conjugate gradient on the support: the algorithm can't go back to columns on the left), and H is G with a ridge.
+    Three differences: what is kept is solved for once more at the end, all columns at a time (`refine` steps of the
+    conjugate gradient on the support: the algorithm can't go back to columns on the left); with `swaps`, entries that left
+    then change places with some that stayed where that brings the outputs nearer; and H is G with a ridge.
 
     Args:
         block: columns that are decided together.
         damping: the ridge, as a fraction of the mean diagonal of G.
         refine: conjugate-gradient steps; 0 is the paper's algorithm.
+        swaps: rounds of swaps, each solved with `refine` steps.
         dense_target: aim at the dense model's outputs, not at the matrix's own on the inputs that it now gets. Nearer to
             the dense model, at two to three times the cost.
     """
@@ -38,13 +41,16 @@ class SparseGPT:
     block: int = 128
     damping: float = 0.01
     refine: int = 10
+    swaps: int = 0
     dense_target: bool = False
     loss_units: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("block", 1), ("refine", 0)):
+        for name, least in (("block", 1), ("refine", 0), ("swaps", 0)):
             if getattr(self, name) < least:
                 raise RecipeError(f"{name} of criterion sparsegpt is {getattr(self, name)}; expected at least {least}")
+        if self.swaps and not self.refine:
+            raise RecipeError("swaps of criterion sparsegpt need refine, which gives those that stay their values")
         require_damping("sparsegpt", self.damping)
 
     def needs(self, target: Target) -> frozenset[str]:
@@ -77,7 +83,20 @@ class SparseGPT:
         factor = torch.linalg.cholesky(inverse, upper=True).float()
         keep, values, n_near = self._sweep(wanted.clone(), factor, there, n_leaving, group)
         if self.refine:
-            values = solve_on_support(values, wanted, keep, ridged.float(), self.refine)
+            gram32 = ridged.float()
+            values = solve_on_support(values, wanted, keep, gram32, self.refine)
+            if self.swaps:
+                n_near += swap_(
+                    values,
+                    wanted,
+                    keep,
+                    there,
+                    gram32,
+                    inverse.float(),
+                    group,
+                    n_rounds=self.swaps,
+                    n_steps=self.refine,
+                )
         # what stays of those columns is as it was: nothing is known about it
         return PrunedMatrix(keep, torch.where(keep & dead, original, values), n_near)
 
@@ -119,20 +138,3 @@ class SparseGPT:
                 lost[:, j] = error
             matrix[:, stop:].addmm_(lost, factor[start:stop, stop:], alpha=-1.0)
         return PrunedMatrix(keep, matrix, n_near)
-
-
-def solve_on_support(start: Tensor, wanted: Tensor, keep: Tensor, gram: Tensor, n_steps: int) -> Tensor:
-    """argmin over X on `keep` of tr (X - W) G (X - W)ᵀ: each row by itself, by the conjugate gradient from `start`."""
-    x, diagonal = start.clone(), gram.diagonal()
-    residual = ((wanted - x) @ gram).masked_fill_(~keep, 0.0)
-    step = residual / diagonal
-    energy = (residual * step).sum(1, keepdim=True)
-    for _ in range(n_steps):
-        image = (step @ gram).masked_fill_(~keep, 0.0)
-        length = energy / (step * image).sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        x += length * step
-        residual -= length * image
-        scaled = residual / diagonal
-        energy, before = (residual * scaled).sum(1, keepdim=True), energy
-        step = scaled + energy / before.clamp(min=torch.finfo(x.dtype).tiny) * step
-    return x

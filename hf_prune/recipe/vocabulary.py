@@ -55,7 +55,13 @@ CRITERIA = {
         "sparsegpt",
         "SparseGPT",
         targets=frozenset({"weights"}),
-        options={"block": "integer", "damping": "number", "refine": "integer", "dense_target": "boolean"},
+        options={
+            "block": "integer",
+            "damping": "number",
+            "refine": "integer",
+            "swaps": "integer",
+            "dense_target": "boolean",
+        },
         is_blockwise=True,
     ),
     "greedy": CriterionEntry(

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria import get
+from hf_prune.criteria.support import swap_
 from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import WeightSite
 
@@ -130,6 +131,33 @@ def test_refined_values_are_the_exact_solution_on_the_support(group):
         exact = torch.linalg.solve(damped[support][:, support], damped[support] @ matrix[i])
         assert torch.allclose(found[i, support].double(), exact, rtol=1e-3, atol=1e-3)
     assert not found[~keep].any()
+
+
+@pytest.mark.parametrize("group", [None, (2, 4)])
+def test_swaps_bring_the_outputs_nearer_and_leave_counts_alone(group):
+    matrix, inputs = correlated(d_out=40)
+    gram = gram_of(inputs)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    before, values, _ = get("sparsegpt", {"refine": 50}).prune(matrix, gram, ones(matrix), 320, group)
+    errors = [error(matrix, values, damped)]
+    for rounds in (1, 4, 12):
+        keep, values, _ = get("sparsegpt", {"refine": 50, "swaps": rounds}).prune(
+            matrix, gram, ones(matrix), 320, group
+        )
+        errors.append(error(matrix, values, damped))
+        assert torch.equal(keep.sum(1), before.sum(1)) and not values[~keep].any()
+        assert group is None or (keep.reshape(40, -1, 4).sum(-1) == 2).all()
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.97 * errors[0]
+
+
+def test_a_swap_that_pays_is_found_by_hand():
+    # inputs 0 and 1 are one, 2 is for itself: keeping 0 and 1 wastes a place, 2 is worth more than either
+    gram = torch.tensor([[1.0, 0.999, 0.0], [0.999, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    wanted, keep = torch.tensor([[1.0, 1.0, 0.5]]), torch.tensor([[True, True, False]])
+    x = wanted * keep
+    swap_(x, wanted, keep, ones(keep), gram, torch.linalg.inv(gram), None, n_rounds=1, n_steps=20)
+    assert keep.sum() == 2 and keep[0, 2]
+    assert torch.allclose(x.sum(), torch.tensor(2.5), atol=1e-2)  # the twin that stays has what both had
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
