@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from hf_prune import make_plan
 from hf_prune.apply.masks import clear_masks, set_masks
 from hf_prune.calibration import collect
-from hf_prune.criteria import get
+from hf_prune.criteria import get, loss_change
 from hf_prune.criteria.combined import ranks
 from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.plan import KeepMasks
@@ -479,3 +479,27 @@ def test_loss_change_looks_at_as_many_samples_as_it_is_told():
     cut = [batches[0], {key: value[:1] for key, value in batches[1].items()}]
     _, same = ranked(model, cut, 1, greedy=False)
     assert torch.equal(few, same)
+
+
+def test_greedy_loss_change_measures_few_units_anew(monkeypatch):
+    alone = torch.rand(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    tried_in_all = []
+    monkeypatch.setattr(loss_change, "mean_losses", lambda m, b, measure, n: _table(measure, tried_in_all, alone))
+    score = loss_change._rank(None, [], lambda number, out, tried: (out, tried), range(30), 6, torch.tensor(0.0))
+    dropped = []
+    for _ in range(6):
+        left = [unit for unit in range(30) if unit not in dropped]
+        dropped.append(min(left, key=lambda unit: _loss_without([*dropped, unit], alone)))
+    assert score.argsort()[:6].tolist() == dropped
+    assert len(tried_in_all) < 30 + 5 * 15
+
+
+def _loss_without(out, alone):
+    """What each does alone, and more for every pair, the nearer the more: others that leave only make a unit dearer."""
+    return sum(alone[unit] for unit in out) + sum(0.3 / abs(a - b) for a, b in itertools.combinations(out, 2))
+
+
+def _table(measure, tried_in_all, alone):
+    out, tried = measure(0)
+    tried_in_all.extend(tried)
+    return torch.tensor([_loss_without([*out, unit], alone) for unit in tried], dtype=torch.float64)
