@@ -206,7 +206,8 @@ class StepPlanner:
             if not torch.isfinite(values).all():
                 raise CalibrationError(
                     f"criterion {self.step.criterion.name!r} gives {key} scores that are not finite; expected numbers. Look "
-                    "for weights that are inf or nan, or load the model in bfloat16 or float32"
+                    "for weights that are inf or nan, as after training with too high a learning rate, or load the model in "
+                    "bfloat16 or float32"
                 )
 
     def _allocate(self, sites: Sequence[Site | WeightSite], eligible: Mapping[str, Tensor]) -> Allocate | None:

@@ -148,7 +148,7 @@ MISTAKES = {
     "diverged training": (
         None,
         ["training.learning_rate=1e30"],
-        "the loss of calibration batch 0 is nan; expected a finite",
+        "weights that are inf or nan, as after training with too high a learning rate",
     ),
     "a bad repository": (
         None,

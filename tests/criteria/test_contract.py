@@ -4,13 +4,15 @@ from dataclasses import fields
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from hf_prune.calibration import collect
 from hf_prune.calibration.statistics import NEEDS_OF_TRAINING, Statistics
 from hf_prune.criteria import get
-from hf_prune.criteria.base import PrunesMatrices, RanksUnits
+from hf_prune.criteria.base import PrunesMatrices, RanksUnits, RemovesUnits
 from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.structure import WeightSite, inspect_model
+from hf_prune.structure.naming import weight_of
 from tests import zoo
 
 
@@ -53,6 +55,20 @@ def pruned(criterion, model, sites):
     return found
 
 
+def removed(criterion, model, site):
+    """Half of a site's units, from inputs made up."""
+    (read,) = site.reads
+    weight = weight_of(model.get_submodule(read.module)).detach()
+    matrix = weight.T if isinstance(model.get_submodule(read.module), Conv1D) else weight
+    x = torch.randn(64, matrix.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    columns = torch.arange(site.n_units * read.span.width).reshape(site.n_units, -1) + read.span.start
+    there = torch.ones(site.n_units, dtype=torch.bool)
+    found = criterion.remove_units(matrix, x.T @ x, columns, there, site.n_units // 2)
+    assert int((~found.keep).sum()) == site.n_units // 2 and torch.isfinite(found.values).all()
+    assert not found.values[:, columns[~found.keep].reshape(-1)].any()
+    return found
+
+
 def trained(sites):
     """What training might have gathered."""
     generator = torch.Generator().manual_seed(0)
@@ -77,6 +93,8 @@ def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
             there = {site.key: torch.ones(site.n_units, dtype=torch.bool) for site in sites}
             by_key = scorer.rank_units(model, sites, batches, {site.key: 1 for site in sites}, there, seed=0)
             return [by_key[site.key] for site in sites]
+        if isinstance(scorer, RemovesUnits):
+            return [removed(scorer, model, site).keep.float() for site in sites]
         if isinstance(scorer, PrunesMatrices):
             return [values for _, values in pruned(scorer, model, sites)]
         if needs & NEEDS_OF_TRAINING:
