@@ -44,7 +44,9 @@ def save_windows(
 ) -> None:
     """Token ids (n_windows, LENGTH) beside the model in `inputs`, and where the texts come from."""
     texts = {EVALUATION + name: ids for name, ids in evaluation.items()}
-    save_file({"calibration": calibration, **texts}, inputs / WINDOWS, metadata=dict(origin))
+    beside = inputs / f".{WINDOWS}.partial"
+    save_file({"calibration": calibration, **texts}, beside, metadata=dict(origin))
+    os.replace(beside, inputs / WINDOWS)  # tensors may be mapped from the file that was there
 
 
 def calibration_windows(inputs: Path) -> torch.Tensor:
