@@ -1,11 +1,9 @@
 """Run by the test of two processes: `torchrun … program.py OUTPUT_DIR`, or by plain python."""
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 
 from hf_prune import make_plan
@@ -14,6 +12,7 @@ from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.calibration.test_collect import NEEDS
 from tests.criteria.test_contract import labelled
+from tests.processes import run
 
 
 REPAIR = {"compensation": "least_squares"}
@@ -66,11 +65,4 @@ def main(directory, rank, world):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        PartialState(cpu=True)
-    main(Path(sys.argv[1]), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if "RANK" in os.environ:
-        # together, or the threads of the one that leaves first may abort the other
-        PartialState().wait_for_everyone()
-        PartialState().destroy_process_group()
+    run(lambda rank, world: main(Path(sys.argv[1]), rank, world))

@@ -1,8 +1,5 @@
 """Two real processes plan what one plans: exactly, and by Gram matrices but for rounding and near-ties."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from safetensors.torch import load_file
 
 from tests.calibration.test_collect import NEEDS
 from tests.planning.program import RECIPES
+from tests.processes import launch
 
 
 PROGRAM = Path(__file__).with_name("program.py")
@@ -20,15 +18,8 @@ PROGRAM = Path(__file__).with_name("program.py")
 def plans(tmp_path_factory):
     """name -> (of one process, of two by rank), each masks and new values by name."""
     directory = tmp_path_factory.mktemp("plans")
-    root = Path(__file__).parents[2]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *launcher, str(PROGRAM), str(directory)]
-        done = subprocess.run(
-            command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+    for n_processes in (1, 2):
+        launch(PROGRAM, directory, n_processes=n_processes)
 
     def read(name, world, rank):
         return load_file(directory / f"{name}-of-{world}-rank{rank}.safetensors")

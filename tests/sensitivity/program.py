@@ -1,16 +1,15 @@
 """Run by the test of two processes: `torchrun … program.py OUTPUT_DIR`, or by plain python."""
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from hf_prune import make_plan
 from hf_prune.sensitivity import scan
 from tests import zoo
 from tests.criteria.test_contract import labelled
+from tests.processes import run
 
 
 STEPS = {
@@ -36,11 +35,4 @@ def main(directory, rank, world):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        PartialState(cpu=True)
-    main(Path(sys.argv[1]), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if "RANK" in os.environ:
-        # together, or the threads of the one that leaves first may abort the other
-        PartialState().wait_for_everyone()
-        PartialState().destroy_process_group()
+    run(lambda rank, world: main(Path(sys.argv[1]), rank, world))

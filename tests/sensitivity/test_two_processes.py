@@ -1,14 +1,12 @@
 """Two real processes find what one finds: curves to the bit, and the plans of allocations that look at data."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import launch
 from tests.sensitivity.program import STEPS
 
 
@@ -18,15 +16,8 @@ PROGRAM = Path(__file__).with_name("program.py")
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("curves")
-    root = Path(__file__).parents[2]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        command = [sys.executable, *launcher, str(PROGRAM), str(directory)]
-        done = subprocess.run(
-            command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+    for n_processes in (1, 2):
+        launch(PROGRAM, directory, n_processes=n_processes)
     return directory
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
@@ -14,6 +14,7 @@ from hf_prune import Pruner, make_plan
 from hf_prune.apply.masks import masks_of
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
+from tests.processes import run
 from tests.training.data import RECIPE, Tokens, trainer
 
 
@@ -126,12 +127,7 @@ def movement():
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        PartialState(cpu=True)
+    # the functions above read them as they are here
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    {"plan": plan, "train": train, "shrink": shrink, "loop": loop, "movement": movement}[sys.argv[1]]()
-    if "RANK" in os.environ:
-        # together, or the threads of the one that leaves first may abort the other
-        PartialState().wait_for_everyone()
-        PartialState().destroy_process_group()
+    what = {"plan": plan, "train": train, "shrink": shrink, "loop": loop, "movement": movement}[sys.argv[1]]
+    run(lambda rank, world: what())

@@ -1,8 +1,6 @@
 """Real processes (torchrun, gloo): the plan of two is the plan of one; in training all hold the same masks."""
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,24 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_prune.checkpoint import is_complete
+from tests.processes import launch
 
 
-PROGRAM = Path(__file__).with_name("program.py")
-
-
-def launch(what, directory, n_processes):
-    root = Path(__file__).parents[2]
-    environment = {
-        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    command = [sys.executable, str(PROGRAM), what, str(directory)]
-    if n_processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+launched = partial(launch, Path(__file__).with_name("program.py"), timeout=120)
 
 
 def masks(directory, name, n_processes):
@@ -43,8 +27,8 @@ def equal(a, b):
 
 
 def test_one_shot_plans_are_those_of_one_process(tmp_path):
-    launch("plan", tmp_path, 1)
-    launch("plan", tmp_path, 2)
+    launched("plan", tmp_path, n_processes=1)
+    launched("plan", tmp_path, n_processes=2)
     names = sorted({path.name.split("-of-")[0] for path in tmp_path.iterdir()})
     assert len(names) == 10
     for name in names:
@@ -56,8 +40,8 @@ def test_one_shot_plans_are_those_of_one_process(tmp_path):
 
 @pytest.mark.parametrize("what", ["train", "loop"])
 def test_masks_in_training_are_equal_on_both_ranks_and_those_of_one_process(tmp_path, what):
-    launch(what, tmp_path, 1)
-    launch(what, tmp_path, 2)
+    launched(what, tmp_path, n_processes=1)
+    launched(what, tmp_path, n_processes=2)
     (alone,), (first, second) = masks(tmp_path, what, 1), masks(tmp_path, what, 2)
     assert equal(first, second)
     assert equal(first, alone)
@@ -66,8 +50,8 @@ def test_masks_in_training_are_equal_on_both_ranks_and_those_of_one_process(tmp_
 
 
 def test_movement_is_gathered_from_the_gradients_of_all_processes(tmp_path):
-    launch("movement", tmp_path, 1)
-    launch("movement", tmp_path, 2)
+    launched("movement", tmp_path, n_processes=1)
+    launched("movement", tmp_path, n_processes=2)
     (alone,), (first, second) = masks(tmp_path, "movement", 1), masks(tmp_path, "movement", 2)
     assert equal(first, second)
     assert equal(first, alone)
@@ -82,7 +66,7 @@ def test_movement_is_gathered_from_the_gradients_of_all_processes(tmp_path):
 
 
 def test_two_processes_end_with_one_small_model(tmp_path):
-    launch("shrink", tmp_path, 2)
+    launched("shrink", tmp_path, n_processes=2)
     first, second = (load_file(tmp_path / f"shrunk-of-2-rank{rank}.safetensors") for rank in (0, 1))
     assert equal(first, second)
     assert is_complete(tmp_path / "saved-2")
