@@ -199,10 +199,10 @@ class _Ranking:
         """How many leave each site if `n_removed` of the pool do, none more than its limit."""
         counts = [*self.least]
         left = n_removed - sum(counts)
-        for owner, _ in self._others():
+        for is_forced, owner, _ in self._in_order(self.least):
             if left <= 0:
                 break
-            if counts[owner] < max(limits[owner], self.before[owner]):
+            if not is_forced and counts[owner] < max(limits[owner], self.before[owner]):
                 counts[owner] += 1
                 left -= 1
         return counts
@@ -210,9 +210,10 @@ class _Ranking:
     def counts_for_cost(self, costs: UnitCosts, budget: float) -> tuple[list[int], float]:
         """As few as save `budget`, or one fewer if that is nearer; and what they save."""
         counts = [*self.least]
-        saved = sum(self._price(costs, owner, unit) for owner, unit in self._forced())
-        for owner, unit in self._others():
-            if counts[owner] >= self.most[owner]:
+        ranked = [*self._in_order(self.least)]  # each site's floor leaves in any case
+        saved = sum(self._price(costs, owner, unit) for is_forced, owner, unit in ranked if is_forced)
+        for is_forced, owner, unit in ranked:
+            if is_forced or counts[owner] >= self.most[owner]:
                 continue
             price = self._price(costs, owner, unit)
             if saved + price / 2 > budget:
@@ -221,21 +222,12 @@ class _Ranking:
             saved += price
         return counts, saved
 
-    def _forced(self) -> Iterator[tuple[int, int]]:
-        """(site, unit) of those that leave in any case: each site's floor."""
-        left = [*self.least]
+    def _in_order(self, counts: Sequence[int]) -> Iterator[tuple[bool, int, int]]:
+        """(whether it is among the `counts` first of its site, site, unit), from the first to leave to the last."""
+        left = [*counts]
         for owner, unit in zip(self.owner, self.unit, strict=True):
-            if left[owner]:
-                left[owner] -= 1
-                yield owner, unit
-
-    def _others(self) -> Iterator[tuple[int, int]]:
-        left = [*self.least]
-        for owner, unit in zip(self.owner, self.unit, strict=True):
-            if left[owner]:
-                left[owner] -= 1
-            else:
-                yield owner, unit
+            left[owner] -= 1
+            yield left[owner] >= 0, owner, unit
 
     def _price(self, costs: UnitCosts, owner: int, unit: int) -> float:
         return float(costs.per_unit[self.pool[owner].key][unit])
@@ -243,11 +235,10 @@ class _Ranking:
     def keep_masks(self, counts: Sequence[int]) -> Masks:
         """Of each site the `counts` first to leave."""
         keep = {site.key: torch.ones(site.n_units, dtype=torch.bool) for site in self.pool}
-        left = [max(count, before) for count, before in zip(counts, self.before, strict=True)]
-        for owner, unit in zip(self.owner, self.unit, strict=True):
-            if left[owner]:
+        counts = [max(count, before) for count, before in zip(counts, self.before, strict=True)]
+        for is_leaving, owner, unit in self._in_order(counts):
+            if is_leaving:
                 keep[self.pool[owner].key][unit] = False
-                left[owner] -= 1
         return keep
 
     def n_near_ties(self, n_removed: int) -> int:

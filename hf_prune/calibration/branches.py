@@ -149,10 +149,8 @@ class PartGates:
             self.counts[join.key][join.unit] += 1
 
             def on_gradient(gradient: Tensor) -> None:
-                gate = float64(added * self._batch.by_sample(gradient, join.end), dim=(1, 2))  # (B,)
-                by_unit = zeros(len(gate), len(self.sums[join.key])).to(gate.device)
-                by_unit[:, join.unit] = gate
-                self._gates.add(join.key, by_unit)
+                product = added * self._batch.by_sample(gradient, join.end)
+                self._gates.add_one(join.key, join.unit, len(self.sums[join.key]), product)
 
             output.register_hook(on_gradient)
 

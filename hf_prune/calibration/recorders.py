@@ -189,10 +189,7 @@ class LayerGates:
             self.counts[key][unit] += 1
 
             def on_gradient(gradient: Tensor) -> None:
-                gate = float64(update * self._batch.by_sample(gradient, name), dim=(1, 2))  # (B,)
-                by_unit = zeros(len(gate), positions.n_units).to(gate.device)
-                by_unit[:, unit] = gate
-                self._gates.add(key, by_unit)
+                self._gates.add_one(key, unit, positions.n_units, update * self._batch.by_sample(gradient, name))
 
             _first_tensor((output,), {}).register_hook(on_gradient)
 
@@ -243,6 +240,13 @@ class SampleSums:
     def add(self, key: str, gates: Tensor) -> None:
         before = self._by_key.get(key)
         self._by_key[key] = gates if before is None else before + gates.to(before.device)
+
+    def add_one(self, key: str, unit: int, n_units: int, product: Tensor) -> None:
+        """Of one unit: what its gate is multiplied with times the gradient there, (B, positions, d_model)."""
+        gate = float64(product, dim=(1, 2))  # (B,)
+        by_unit = zeros(len(gate), n_units)
+        by_unit[:, unit] = gate
+        self.add(key, by_unit)
 
     def fold_into(self, sums: dict[str, Tensor]) -> None:
         for key, gates in self._by_key.items():
