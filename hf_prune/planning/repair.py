@@ -24,7 +24,7 @@ from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
-from hf_prune.calibration.walk import Walk
+from hf_prune.calibration.walk import Walk, walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
@@ -207,11 +207,11 @@ class _StackRepair:
             junctions = self._junctions(position, dense, runs=last > position)
             targets = self._advance(dense, position, last, junctions)
             sources = [place for junction in junctions for place in junction.sources]
-            with Walk(current, position, scratch, sources) as walk:
+            with walk(current, position, scratch, sources) as going:
                 for junction in junctions:
-                    new = self._refit(scratch, junction, targets[junction], current, position, walk)
+                    new = self._refit(scratch, junction, targets[junction], current, position, going)
                     self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
-                walk.finish()
+                going.finish()
 
     def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]
@@ -259,7 +259,7 @@ class _StackRepair:
         targets: States,
         current: Chain,
         position: int,
-        walk: Walk,
+        going: Walk,
     ) -> dict[str, Tensor]:
         """Refit one projection of `scratch`, in place; its new tensors by name."""
         name = f"{self.blocks[position]}.{junction.projection}"
@@ -281,7 +281,7 @@ class _StackRepair:
         moments = [Moments.zeros(n, d_out, weight.device) for _ in range(2)]
         wide = torch.promote_types(weight.dtype, torch.float32)
         for number, batch in enumerate(current.batches):
-            seen = walk.until(number, junction.sources)
+            seen = going.until(number, junction.sources)
             inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
             lacking = linear.lacking(current, number, junction, seen, inputs, targets[number])
             if bias is not None:

@@ -23,7 +23,7 @@ from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
-from hf_prune.calibration.walk import Walk
+from hf_prune.calibration.walk import Walk, walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
@@ -182,15 +182,15 @@ def _prune_block(
     junctions = reference.junctions(list(inside)) if reference and inside else {}
     with ExitStack() as walks:
         sources = [_sources(together, junctions) for together in groups]
-        walk = walks.enter_context(Walk(chain, position, scratch, [place for places in sources for place in places]))
+        pruned = walks.enter_context(walk(chain, position, scratch, [place for places in sources for place in places]))
         dense = None
         if reference:
             targets = [junction.target for junction in junctions.values()]
-            dense = walks.enter_context(Walk(reference.chain, position, reference.block, targets))
+            dense = walks.enter_context(walk(reference.chain, position, reference.block, targets))
         for together, places in zip(groups, sources, strict=True):
             linears = [Linear.of(scratch.get_submodule(name)) for name in together]
             joins = [junctions[name] for name in together if name in junctions]
-            fit, test = _moments(linears, joins, places, chain, walk, dense, n_batches)
+            fit, test = _moments(linears, joins, places, chain, pruned, dense, n_batches)
             reduce_([fit, test], f"{block}.{together[0]}".removesuffix("."))
             gram = fit.gram + test.gram
             change = refit(fit, test if test.n_tokens else None).change if joins else None  # (sum of d_out, d_in)
@@ -205,7 +205,7 @@ def _prune_block(
                 linear.matrix.copy_(values)
                 done.keep[site.name] = (keep.T if transposed else keep).contiguous().cpu()
                 done.values[site.name] = linear.weight.detach().cpu().clone()
-        walk.finish()
+        pruned.finish()
         if dense:
             dense.finish()
 
@@ -250,7 +250,7 @@ def _moments(
     junctions: Sequence[Junction],
     places: Sequence[Place],
     chain: Chain,
-    walk: Walk,
+    pruned: Walk,
     dense: Walk | None,
     n_batches: int,
 ) -> tuple[Moments, Moments]:
@@ -262,7 +262,7 @@ def _moments(
     moments = [Moments.zeros(first.shape[1], d_out if dense else 0, first.device) for _ in range(2)]
     wide = torch.promote_types(first.dtype, torch.float32)
     for number, batch in enumerate(chain.batches):
-        seen = walk.until(number, places)
+        seen = pruned.until(number, places)
         inputs = chain.tokens(number, seen[places[0]]).to(wide)
         lacking = inputs[:, :0]
         if dense:

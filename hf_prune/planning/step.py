@@ -104,85 +104,80 @@ class StepPlanner:
 
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         """What the step keeps after this update; notes, near-ties and new values go into `plan`."""
-        if self.step.target == "weights":
-            weights = select_sites(self.step, self.structure.weights)
-            present = {site.name: present_entries(self.structure, self.kept, site) for site in weights}
-            earlier = self.kept.weights
-            eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
-            gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
-            if isinstance(self.criterion, PrunesMatrices):
-                out = count_weights(
-                    self.step,
-                    weights,
-                    eligible,
-                    gone,
-                    progress=progress,
-                    allocate=self._allocate(weights, eligible),
-                )
-                return before & self._block_by_block(plan).prune_weights(
-                    self.criterion, weights, eligible, gone, out, progress
-                )
-            self._look(weights)
-            # where matrices don't compete, the scores of one are there at a time
-            compete = self.allocation is not None or self.step.scope == "global"
-            chosen = Choice({})
-            for pool in [weights] if compete else [[site] for site in weights]:
-                chosen += choose_weights(
-                    self.step,
-                    pool,
-                    self._scores(pool, gone),
-                    eligible,
-                    gone,
-                    progress=progress,
-                    present=present,
-                    as_they_are=bool(self.criterion and self.criterion.loss_units)
-                    or CRITERIA[self.step.criterion.name].same_unit,
-                    allocate=self._allocate(pool, eligible),
-                )
-            keep = KeepMasks(weights=chosen.keep)
-        else:
-            require_sites(self.structure, self.step.target, self.step.part)
-            dropped = dropped_modules(self.structure, self.kept)
-            sites = [
-                site
-                for site in select_sites(self.step, self.structure.of(self.step.target, self.step.part))
-                if not is_inside(site, dropped)
-            ]
-            leaving = [site.key for site in self.structure if is_inside(site, dropped)]
-            eligible = {site.key: units_there(self.structure, self.kept, site) for site in sites}
-            gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
-            choose = partial(
-                choose_units,
-                self.step,
-                sites,
-                eligible=eligible,
-                removed_before=gone,
-                progress=progress,
-                costs=self._costs(),
-                loss_units=bool(self.criterion and self.criterion.loss_units),
-                allowed_sizes=(lambda group: allowed_sizes(self.model, group, leaving)) if self.step.uniform else None,
-                allocate=self._allocate(sites, eligible),
-            )
-            if isinstance(self.criterion, (RanksUnits, RemovesUnits)):
-                # how many leave each site doesn't depend on scores here; which, it measures with that many in mind
-                counted = choose(scores={site.key: torch.zeros(site.n_units) for site in sites})
-                there = {key: mask & ~gone[key] if key in gone else mask for key, mask in eligible.items()}
-                n_removed = {key: int((there[key] & ~keep).sum()) for key, keep in counted.keep.items()}
-                if isinstance(self.criterion, RemovesUnits):
-                    plan.notes += [note for note in counted.notes if note not in plan.notes]
-                    return before & self._block_by_block(plan).remove_units(self.criterion, sites, there, n_removed)
-                scores = self.criterion.rank_units(
-                    self._as_left(), sites, self._require_batches(), n_removed, there, self.recipe.seed
-                )
-                self._require_finite(scores)
-            else:
-                scores = self._scores(sites, gone)
-            chosen = choose(scores=scores)
-            keep = KeepMasks(units=chosen.keep)
-        plan.notes += [note for note in chosen.notes if note not in plan.notes]
-        plan.n_near_ties += chosen.n_near_ties
+        choose = self._choose_weights if self.step.target == "weights" else self._choose_units
         # what an earlier update removed stays out, also where its site is no longer in question
-        return before & keep
+        return before & choose(before, progress, plan)
+
+    def _choose_weights(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
+        weights = select_sites(self.step, self.structure.weights)
+        present = {site.name: present_entries(self.structure, self.kept, site) for site in weights}
+        earlier = self.kept.weights
+        eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
+        gone = {name: ~keep for name, keep in before.weights.items() if name in eligible}
+        if isinstance(self.criterion, PrunesMatrices):
+            allocate = self._allocate(weights, eligible)
+            out = count_weights(self.step, weights, eligible, gone, progress=progress, allocate=allocate)
+            return self._block_by_block(plan).prune_weights(self.criterion, weights, eligible, gone, out, progress)
+        self._look(weights)
+        # where matrices don't compete, the scores of one are there at a time
+        compete = self.allocation is not None or self.step.scope == "global"
+        chosen = Choice({})
+        for pool in [weights] if compete else [[site] for site in weights]:
+            chosen += choose_weights(
+                self.step,
+                pool,
+                self._scores(pool, gone),
+                eligible,
+                gone,
+                progress=progress,
+                present=present,
+                as_they_are=bool(self.criterion and self.criterion.loss_units)
+                or CRITERIA[self.step.criterion.name].same_unit,
+                allocate=self._allocate(pool, eligible),
+            )
+        _tell(plan, chosen)
+        return KeepMasks(weights=chosen.keep)
+
+    def _choose_units(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
+        require_sites(self.structure, self.step.target, self.step.part)
+        dropped = dropped_modules(self.structure, self.kept)
+        sites = [
+            site
+            for site in select_sites(self.step, self.structure.of(self.step.target, self.step.part))
+            if not is_inside(site, dropped)
+        ]
+        leaving = [site.key for site in self.structure if is_inside(site, dropped)]
+        eligible = {site.key: units_there(self.structure, self.kept, site) for site in sites}
+        gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
+        choose = partial(
+            choose_units,
+            self.step,
+            sites,
+            eligible=eligible,
+            removed_before=gone,
+            progress=progress,
+            costs=self._costs(),
+            loss_units=bool(self.criterion and self.criterion.loss_units),
+            allowed_sizes=(lambda group: allowed_sizes(self.model, group, leaving)) if self.step.uniform else None,
+            allocate=self._allocate(sites, eligible),
+        )
+        if isinstance(self.criterion, (RanksUnits, RemovesUnits)):
+            # how many leave each site doesn't depend on scores here; which, it measures with that many in mind
+            counted = choose(scores={site.key: torch.zeros(site.n_units) for site in sites})
+            there = {key: mask & ~gone[key] if key in gone else mask for key, mask in eligible.items()}
+            n_removed = {key: int((there[key] & ~keep).sum()) for key, keep in counted.keep.items()}
+            if isinstance(self.criterion, RemovesUnits):
+                _tell(plan, Choice({}, counted.notes))
+                return self._block_by_block(plan).remove_units(self.criterion, sites, there, n_removed)
+            scores = self.criterion.rank_units(
+                self._as_left(), sites, self._require_batches(), n_removed, there, self.recipe.seed
+            )
+            self._require_finite(scores)
+        else:
+            scores = self._scores(sites, gone)
+        chosen = choose(scores=scores)
+        _tell(plan, chosen)
+        return KeepMasks(units=chosen.keep)
 
     def _scores(self, sites: Sequence[Site | WeightSite], gone: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.criterion is None:
@@ -289,3 +284,9 @@ class StepPlanner:
                 sample = to_device(first_sample(self.batches) or {}, device)
             return mac_costs(self.model, self.structure, there, sample)
         return None
+
+
+def _tell(plan: PruningPlan, chosen: Choice) -> None:
+    """What a choice has to say goes into the plan, each note once."""
+    plan.notes += [note for note in chosen.notes if note not in plan.notes]
+    plan.n_near_ties += chosen.n_near_ties
