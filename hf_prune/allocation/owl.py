@@ -11,6 +11,7 @@ from hf_prune.calibration.statistics import SQUARED_INPUTS
 from hf_prune.criteria.wanda import Wanda
 from hf_prune.errors import RecipeError
 from hf_prune.structure import stacks_of
+from hf_prune.structure.naming import is_within
 from hf_prune.structure.sites import Target, WeightSite
 
 
@@ -47,7 +48,7 @@ class Owl:
         names = [block for stack in stacks_of(look.model).values() for block in stack]
         for site in room.sites:
             assert isinstance(site, WeightSite)
-            inside = next((block for block in names if site.module.startswith(f"{block}.")), site.module)
+            inside = next((block for block in names if is_within(site.module, block)), site.module)
             blocks.setdefault(inside, []).append(site)
         sizes = {block: sum(room.sizes[site.key] for site in sites) for block, sites in blocks.items()}
         outliers = {block: self._outliers(sites, look) for block, sites in blocks.items() if sizes[block]}

@@ -19,6 +19,7 @@ from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import no_weights
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.structure import stacks_of
+from hf_prune.structure.naming import is_within
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -216,6 +217,4 @@ def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[Non
 
 def _block_of(site: Site, blocks: Sequence[str]) -> str | None:
     """The block that holds a site, if any of `blocks` does."""
-    return next(
-        (block for block in blocks if all(f"{read.module}.".startswith(f"{block}.") for read in site.reads)), None
-    )
+    return next((block for block in blocks if all(is_within(read.module, block) for read in site.reads)), None)

@@ -29,6 +29,7 @@ from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
 from hf_prune.planning.scratch import Linear, masked_copy
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
+from hf_prune.structure.naming import is_within
 
 
 @dataclass
@@ -83,9 +84,9 @@ def sparsify(
     replaced: dict[str, States] = {}
     with evaluation(model, seed), torch.no_grad(), open_shelf(offload) as shelf:
         for name, blocks in _in_order(model, sites, changed, mine).items():
-            inside = {site.module: site for site in sites if _is_in(site.module, name)}
+            inside = {site.module: site for site in sites if is_within(site.module, name)}
             is_shared = len(set(blocks)) < len(blocks)
-            if not inside and (is_shared or not any(_is_in(module, name) for module in changed)):
+            if not inside and (is_shared or not any(is_within(module, name) for module in changed)):
                 continue
             if is_shared:
                 raise RecipeError(
@@ -154,14 +155,9 @@ def _in_order(
                 "through the model in order, once: exclude it"
             )
     in_order = [name for name in (*n_calls, *stacks.keys() - n_calls) if name in stacks or n_calls[name] == 1]
-    while in_order and not any(_is_in(module, in_order[-1]) for module in wanted):
+    while in_order and not any(is_within(module, in_order[-1]) for module in wanted):
         in_order.pop()
     return {name: stages[name] for name in in_order}
-
-
-def _is_in(module: str, name: str) -> bool:
-    """Whether `module` is `name` or inside of it."""
-    return f"{module}.".startswith(f"{name}.")
 
 
 def _prune_block(
@@ -177,7 +173,7 @@ def _prune_block(
 ) -> None:
     """Prune the matrices of `scratch` in the order in which it runs them, and take the chain through it."""
     block = chain.blocks[position]
-    inside = {name[len(block) + 1 :]: site for name, site in sites.items() if _is_in(name, block)}
+    inside = {name[len(block) + 1 :]: site for name, site in sites.items() if is_within(name, block)}
     groups = as_first_rank(lambda: _by_input(scratch, chain, position, list(inside)))
     junctions = reference.junctions(list(inside)) if reference and inside else {}
     with ExitStack() as walks:

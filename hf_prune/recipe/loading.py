@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hf_prune.errors import RecipeError
+from hf_prune.files import replace_file
 from hf_prune.recipe.mistakes import rule_mistakes, schema_mistakes
 from hf_prune.recipe.overrides import override_
 from hf_prune.recipe.schema import RecipeDocument
@@ -104,10 +104,7 @@ class Recipe(RecipeDocument):
         if path is not None:
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(beside, path)
+            replace_file(path, text)
         return text
 
     @classmethod

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ from torch import nn
 
 from hf_prune.checkpoint.saving import ARTIFACTS
 from hf_prune.errors import CheckpointError
+from hf_prune.files import replace_file
 from hf_prune.report.table import lines, site_table, totals_table
 
 
@@ -47,11 +47,7 @@ class PruningReport:
         """As JSON; written to `path` if given, beside it first and then renamed."""
         text = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
         if path is not None:
-            path = Path(path)
-            handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(beside, path)
+            replace_file(Path(path), text)
         return text
 
     def attach_(self, model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from hf_prune.allocation.sensitivity import FORMAT, VERSION
 from hf_prune.errors import PruneError
+from hf_prune.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class Sensitivity:
         if path is not None:
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.partial")
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
+            replace_file(path, text)
         return text
 
     def tables(self) -> Iterator[Table]:

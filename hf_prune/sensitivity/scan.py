@@ -27,6 +27,7 @@ from hf_prune.plan import KeepMasks
 from hf_prune.recipe import Recipe
 from hf_prune.sensitivity.curves import Curve, Sensitivity
 from hf_prune.structure import ModelStructure, Site, WeightSite, inspect_model, require_sites, stacks_of
+from hf_prune.structure.naming import is_within
 from hf_prune.structure.sites import Target
 
 
@@ -265,5 +266,5 @@ def _target(site: Site | WeightSite) -> str:
 def _is_in(site: Site | WeightSite, block: str) -> bool:
     """Whether all of a site lies in a block."""
     if isinstance(site, WeightSite):
-        return f"{name_of(site)}.".startswith(f"{block}.")
-    return bool(site.slices) and all(f"{piece.module}.".startswith(f"{block}.") for piece in site.slices)
+        return is_within(name_of(site), block)
+    return bool(site.slices) and all(is_within(piece.module, block) for piece in site.slices)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune.structure.layouts import OWNED_BY_FIRST_BLOCK
-from hf_prune.structure.naming import is_linear
+from hf_prune.structure.naming import is_linear, is_within
 from hf_prune.structure.sites import ModelStructure, Site
 
 
@@ -88,14 +88,14 @@ def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inp
     calls = _calls_kept(structure, there)  # of each block, what part of its calls
     total = counted[""] - sum(counted.get(block, 0) * (1 - kept) for block, kept in calls.items())
     for block, kept in calls.items():
-        inside = [name for name in counted if name == block or name.startswith(f"{block}.")]
+        inside = [name for name in counted if is_within(name, block)]
         counted |= {name: counted[name] * kept for name in inside}
     for module in _modules_gone(structure, there):
         gone = counted.get(module, 0)
         total -= gone
         around = [name for name in counted if name and module.startswith(f"{name}.")]
         counted |= {name: counted[name] - gone for name in around}
-        counted |= {name: 0 for name in counted if name == module or name.startswith(f"{module}.")}
+        counted |= {name: 0 for name in counted if is_within(name, module)}
     sizes = _Present(structure, there)
     parts = {
         site.key: [*_products(model, site, sizes, counted), *_mixing(model, site, counted)]

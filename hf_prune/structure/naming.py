@@ -93,5 +93,10 @@ def d_in(module: nn.Module) -> int:
     return weight_of(module).shape[0 if isinstance(module, Conv1D) else 1]
 
 
+def is_within(name: str, module: str) -> bool:
+    """Whether `name` is the module or inside of it."""
+    return f"{name}.".startswith(f"{module}.")
+
+
 def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
