@@ -288,6 +288,11 @@ def set_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        if module.groups == module.in_channels == module.out_channels:  # depthwise: a group for each channel
+            module.groups = module.in_channels = weight.shape[0]
+        module.out_channels = weight.shape[0]
+        module.in_channels = weight.shape[1] * module.groups
 
 
 def _auto_class(config: Any, name: str) -> str | None:

@@ -17,7 +17,7 @@ from tests.checkpoint.shrunk import shrink_
 
 ROOT = Path(__file__).parents[2]
 # (name, how it is cut): unevenly and without parts of layers no stock config can say
-CASES = [(name, how) for name in ("bert", "gpt2", "llama", "t5") for how in ("uneven", "even")]
+CASES = [(name, how) for name in ("bert", "gpt2", "llama", "t5", "vit") for how in ("uneven", "even")]
 CASES += [(name, "parts") for name in ("bert", "gpt2", "llama", "bloom")]
 TARGETS = {
     "uneven": ("ffn_neurons", "attention_heads", "layers"),
