@@ -321,6 +321,11 @@ def __getattr__(name: str) -> Any:
             self._auto_class = _auto_class(self.config, name)
         base.post_init(self)
 
-    made = type(name, (stock,), {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__})
+    def is_custom_code(cls: type) -> bool:
+        # Transformers renames and converts the weights of its own classes only, and this is one, but for its sizes
+        return False
+
+    members = {"post_init": post_init, "is_custom_code": classmethod(is_custom_code)}
+    made = type(name, (stock,), members | {"__module__": __name__, "__doc__": stock.__doc__})
     globals()[name] = made
     return made
