@@ -17,7 +17,10 @@ from hf_prune.checkpoint.modeling_hf_prune import MANIFEST_VERSION, ConfigView, 
 
 MODELLING_MODULE = "modeling_hf_prune"
 # Numbers that follow from a layer's weight: `set_sizes` brings them along.
-SIZES_OF_LAYERS = ("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim")
+SIZES_OF_LAYERS = (
+    *("in_features", "out_features", "nx", "nf", "num_embeddings", "embedding_dim"),
+    *("in_channels", "out_channels", "groups"),
+)
 
 
 def sizes(model: nn.Module, views: Collection[tuple[str, str]] = ()) -> dict[str, Any]:

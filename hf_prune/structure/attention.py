@@ -8,220 +8,154 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 
 from torch import nn
 
 from hf_prune.structure import layouts
-from hf_prune.structure.layouts import ATTENTION_LAYOUTS, AttentionLayout
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, number, weight_of
-from hf_prune.structure.projections import reading_slice, writing_slices
-from hf_prune.structure.sites import Attribute, FullWidthNorm, Read, Refusal, Site, Span, TensorSlice
-
-
-class _Refused(Exception):
-    """This attention can't be pruned soundly; the message is the reason."""
+from hf_prune.structure.heads import Heads, Refused, heads_of
+from hf_prune.structure.layouts import AttentionLayout
+from hf_prune.structure.naming import ModuleNames, d_in, is_linear
+from hf_prune.structure.per_head import full_width_norms, side_slices
+from hf_prune.structure.projections import reading_slice
+from hf_prune.structure.sites import Attribute, Read, Refusal, Site, Span, TensorSlice
+from hf_prune.structure.source import forward_of, reads_config, reshapes_by, source_of
 
 
 def find_sites(names: ModuleNames, stacks: dict[str, tuple[str, ...]]) -> Iterator[Site | Refusal]:
-    """One site for each attention, or one for all blocks of a stack where block 0 owns their position bias."""
-    found: list[Site | Refusal] = []
-    tied: dict[str, list[Site]] = {}
+    """One site for each attention, or one for all blocks of a stack that share a bias by head."""
+    groups: dict[str, list[Site]] = {}
+    tied: set[str] = set()
     for name, module in names.modules.items():
         layout = matching(names, name)
         if layout is None:
             continue
         try:
             site = _site(names, name, module, layout)
-        except _Refused as reason:
-            found.append(Refusal("attention_heads", name, str(reason)))
+            path = _path_in_stack(name, stacks)
+            if tables := _shared_tables(names, path, module, site):
+                site = replace(site, slices=(*site.slices, *tables))
+        except Refused as reason:
+            yield Refusal("attention_heads", name, str(reason))
             continue
-        if layout.bias_table:
-            tied.setdefault(_path_in_stack(name, stacks), []).append(site)
+        groups.setdefault(path, []).append(site)
+        if tables or layout.bias_table:
+            tied.add(path)
+    for path, sites in groups.items():
+        owners = sum(any(piece.module.endswith(_OWNED) for piece in site.slices) for site in sites)
+        if path in tied or 0 < owners < len(sites):
+            yield _merged(path, sites)
         else:
-            found.append(site)
-    return iter([*found, *(_merged(path, sites) for path, sites in tied.items())])
+            yield from sites
+
+
+_OWNED = tuple(f".{module}" for module, _ in layouts.OWNED_BY_FIRST_BLOCK)
+
+
+def _shared_tables(names: ModuleNames, path: str, module: nn.Module, site: Site) -> list[TensorSlice]:
+    """Tables outside the stack whose bias by head this attention is handed.
+
+    Raises:
+        Refused: a bias that it is handed comes from somewhere unknown.
+    """
+    arguments = inspect.signature(type(module).forward).parameters
+    handed = [arguments[name] for name in layouts.SHARED_BIAS_ARGUMENTS if name in arguments]
+    if not handed or any(piece.module.endswith(_OWNED) for piece in site.slices):
+        return []
+    stack = path.partition(".*")[0]
+    around = names.parent(stack)
+    tables = [
+        TensorSlice(other, *layouts.SHARED_TABLES[own], (Span(0, 1),), writes=True)
+        for other in names.inside(around)
+        if (own := other.rpartition(".")[2]) in layouts.SHARED_TABLES and not other.startswith(f"{stack}.")
+    ]
+    if not tables and handed[0].default is inspect.Parameter.empty:
+        raise Refused(f"it is handed a {handed[0].name} by head, which comes from somewhere unknown")
+    return [piece for piece in tables if _length(names, piece) == site.n_units]
 
 
 def matching(names: ModuleNames, name: str) -> AttentionLayout | None:
     """The layout of the attention `name`, if it is one."""
-    for layout in ATTENTION_LAYOUTS:
-        if all(is_linear(names.get(name, part)) for part in layout.parts):
-            return layout
+    for first, candidates in layouts.attention_by_first_part():
+        if is_linear(names.get(name, first)):
+            for layout in candidates:
+                if all(is_linear(names.get(name, part)) for part in layout.parts):
+                    return layout
     return None
 
 
 def _site(names: ModuleNames, name: str, module: nn.Module, layout: AttentionLayout) -> Site:
     output_name = names.resolve(name, layout.output)
     output = names.modules[output_name]
-    width = d_in(output)  # n_heads * d_head
+    width = d_in(output)  # n_heads * d_value
     _refuse_alibi(names, name, module)
-    d_head = _head_size(names, name, module, width)
-    n_heads = width // d_head
-    slices, n_kv_heads = _input_slices(names, name, module, layout, n_heads, d_head)
-    n_rep = n_heads // n_kv_heads
-    n_units = n_heads if n_kv_heads == 1 else n_kv_heads
-    unit = Span(0, width // n_units)
-    slices += [reading_slice(output_name, output, unit), *_side_tables(names, name, layout, n_heads)]
-    norms = _full_width_norms(names, name, n_kv_heads, d_head, n_heads)
-    slices += [
-        TensorSlice(
-            norm.module, "weight", 0, (Span(0, weight_of(names.modules[norm.module]).numel() // n_units),), True
-        )
-        for norm in norms
-    ]
-    _refuse_unknown(name, module, {piece.name for piece in slices} | {f"{output_name}.bias"}, n_heads)
-    multi_query = n_kv_heads == 1 and n_heads > 1
-    counts = {
-        **dict.fromkeys(layouts.HEAD_COUNT_NAMES, n_heads),
-        **dict.fromkeys(layouts.ALL_HEADS_WIDTH_NAMES, width),
-        # key and value heads leave with the units, except the one of multi-query, whose queries per key do
-        **({"num_key_value_groups": n_rep} if multi_query else dict.fromkeys(layouts.KV_HEAD_COUNT_NAMES, n_kv_heads)),
-    }
-    attributes = [
-        Attribute(name, attribute, value // n_units)
-        for attribute, value in counts.items()
-        if module.__dict__.get(attribute) == value
-    ]
-    attributes += [
-        Attribute(name, field, value // n_units, of_config=True)
-        for field, value in counts.items()
-        if _reads_config(module, field)
-    ]
+    heads = heads_of(names, name, layout, width)
+    _refuse_fixed_width(module)
+    n_units, unit = heads.n_units, Span(0, width // heads.n_units)
+    slices = [*heads.slices, reading_slice(output_name, output, unit)]
+    norms, of_norms = full_width_norms(names, name, heads)
+    slices += of_norms
+    slices += side_slices(
+        names, name, heads, {piece.name for piece in slices} | set(_latent_weights(names, name, layout))
+    )
     return Site(
         name,
         "attention_heads",
         n_units,
         tuple(slices),
-        tuple(attributes),
+        tuple(_attributes(name, module, heads, width)),
         tuple(norms),
         reads=(Read(output_name, unit),),
     )
 
 
-def _input_slices(
-    names: ModuleNames, name: str, module: nn.Module, layout: AttentionLayout, n_heads: int, d_head: int
-) -> tuple[list[TensorSlice], int]:
-    """The slices of the input projections by unit, and n_kv_heads."""
-    if not layout.fused:
-        parts = {part: names.modules[names.resolve(name, part)] for part in (layout.query, layout.key, layout.value)}
-        n_kv_heads = _kv_heads(d_out(parts[layout.key]), d_head, n_heads)
-        if d_out(parts[layout.value]) != n_kv_heads * d_head or d_out(parts[layout.query]) != n_heads * d_head:
-            raise _Refused("keys and values differ in width, or queries from the output: not multi-head attention")
-        widths = dict.fromkeys(parts, d_head) | {layout.query: n_heads // n_kv_heads * d_head}
-        if n_kv_heads == 1:  # multi-query: only the queries leave; of a single head nothing can
-            parts, widths = {layout.query: parts[layout.query]}, {layout.query: d_head}
-        for extra in layout.extra:
-            if is_linear(names.get(name, extra)):
-                parts[extra], widths[extra] = names.modules[names.resolve(name, extra)], d_head
-        return [
-            piece
-            for part, linear in parts.items()
-            for piece in writing_slices(names.resolve(name, part), linear, (Span(0, widths[part]),))
-        ], n_kv_heads
-
-    fused_name = names.resolve(name, layout.fused)
-    fused = names.modules[fused_name]
-    order = next(order for flag, order in layout.orders if not flag or getattr(module, flag, False))
-    # d_out = (n_heads + 2 n_kv_heads) d_head in every order
-    n_kv_heads = _kv_heads((d_out(fused) - n_heads * d_head) // 2, d_head, n_heads)
-    n_rep = n_heads // n_kv_heads
-    if order == "interleaved" and n_rep != 1:
-        raise _Refused(f"{layout.fused} interleaves {n_heads} query with {n_kv_heads} key heads in an unknown order")
-    if n_kv_heads == 1:
-        spans: tuple[Span, ...] = (Span(0, d_head),)
-    elif order == "stacked":
-        queries, keys = n_heads * d_head, n_kv_heads * d_head
-        spans = (Span(0, n_rep * d_head), Span(queries, d_head), Span(queries + keys, d_head))
-    else:  # interleaved is grouped with one query head a group
-        spans = (Span(0, (n_rep + 2) * d_head),)
-    return list(writing_slices(fused_name, fused, spans)), n_kv_heads
+def _latent_weights(names: ModuleNames, name: str, layout: AttentionLayout) -> Iterator[str]:
+    for part in layout.latent:
+        yield f"{names.resolve(name, part)}.weight"
 
 
-def _kv_heads(width: int, d_head: int, n_heads: int) -> int:
-    n_kv_heads, rest = divmod(width, d_head)
-    if rest or n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise _Refused(f"a key width of {width} is no divisor of {n_heads} heads of {d_head}")
-    return n_kv_heads
+def _attributes(name: str, module: nn.Module, heads: Heads, width: int) -> Iterator[Attribute]:
+    """The module's numbers that follow its heads, its own or read from the config."""
+    multi_query = heads.n_kv_heads == 1 and heads.n_heads > 1
+    source = source_of(module)
+    reshaped = [field for field in layouts.PERHAPS_WIDTH_NAMES if reshapes_by(source, field)]
+    counts = {
+        **dict.fromkeys(layouts.HEAD_COUNT_NAMES, heads.n_heads),
+        **dict.fromkeys((*layouts.ALL_HEADS_WIDTH_NAMES, *reshaped), width),
+        # key and value heads leave with the units, except the one of multi-query, whose queries per key do
+        **(
+            {"num_key_value_groups": heads.n_heads}
+            if multi_query
+            else dict.fromkeys(layouts.KV_HEAD_COUNT_NAMES, heads.n_kv_heads)
+            | dict.fromkeys(layouts.KV_WIDTH_NAMES, heads.n_kv_heads * heads.d_head)
+        ),
+    }
+    for field, value in counts.items():
+        if module.__dict__.get(field) == value:
+            yield Attribute(name, field, value // heads.n_units)
+        if reads_config(source, field):
+            yield Attribute(name, field, value // heads.n_units, of_config=True)
 
 
-def _head_size(names: ModuleNames, name: str, module: nn.Module, width: int) -> int:
-    """d_head from the module's own number, else from its (or the config's) number of heads."""
-    size = number(module, layouts.HEAD_SIZE_NAMES)
-    if size:
-        d_head = size[1]
-    else:
-        heads = number(module, layouts.HEAD_COUNT_NAMES)
-        n_heads = heads[1] if heads else getattr(names.config_of(name), "num_attention_heads", None)
-        d_head = width // n_heads if isinstance(n_heads, int) and n_heads > 0 else 0
-    if d_head < 1 or width % d_head:
-        raise _Refused(f"the head size can't be told: the output projection reads {width} entries")
-    return d_head
-
-
-def _side_tables(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: int) -> Iterator[TensorSlice]:
-    """Embeddings with one column a head, such as T5's relative attention bias (n_buckets, n_heads)."""
-    if layout.bias_table and isinstance(names.get(name, layout.bias_table), nn.Embedding):
-        yield TensorSlice(names.resolve(name, layout.bias_table), "weight", 1, (Span(0, 1),), writes=True)
-
-
-def _full_width_norms(
-    names: ModuleNames, name: str, n_kv_heads: int, d_head: int, n_heads: int
-) -> list[FullWidthNorm]:
-    norms = []
-    for child in layouts.FULL_WIDTH_NORM_NAMES:
-        norm = names.get(name, child)
-        weight = getattr(norm, "weight", None)
-        if norm is None or weight is None or weight.numel() == d_head:
-            continue
-        epsilon = next(
-            (key for key in layouts.NORM_EPSILON_NAMES if isinstance(getattr(norm, key, None), float)), None
-        )
-        is_rms = "RMS" in type(norm).__name__ and getattr(norm, "bias", None) is None
-        if (
-            not is_rms
-            or epsilon is None
-            or n_kv_heads == 1
-            or weight.numel() not in (n_heads * d_head, n_kv_heads * d_head)
-        ):
-            raise _Refused(f"{child} ({type(norm).__name__}) normalises over all heads and can't be folded")
-        norms.append(FullWidthNorm(names.resolve(name, child), epsilon))
-    return norms
+def _length(names: ModuleNames, piece: TensorSlice) -> int:
+    return int(getattr(names.modules[piece.module], piece.tensor).shape[piece.dim])
 
 
 def _refuse_alibi(names: ModuleNames, name: str, module: nn.Module) -> None:
     """ALiBi's slopes come from the number of heads (Press et al. 2022), so fewer heads would get other slopes."""
     takes_alibi = layouts.ALIBI_ARGUMENT in inspect.signature(type(module).forward).parameters
     if takes_alibi and getattr(names.config_of(name), layouts.ALIBI_ARGUMENT, True):
-        raise _Refused("ALiBi gives each head a slope by its number, which changes when heads leave")
+        raise Refused("ALiBi gives each head a slope by its number, which changes when heads leave")
 
 
-def _refuse_unknown(name: str, module: nn.Module, known: set[str], n_heads: int) -> None:
-    """Further linear layers, and parameters with a per-head dimension, have a role that the layout doesn't name."""
-    for child, parameter in module.named_parameters(recurse=False):
-        if n_heads > 1 and n_heads in parameter.shape:
-            raise _Refused(f"its parameter {child} {tuple(parameter.shape)} may hold one entry a head")
-    for child, linear in module.named_modules():
-        full = f"{name}.{child}" if name else child
-        kept_whole = child.rpartition(".")[2] in ("k_proj", "v_proj", "k", "v", "key", "value")  # multi-query
-        if is_linear(linear) and f"{full}.weight" not in known and not kept_whole:
-            raise _Refused(f"it also holds the linear layer {child}, whose role is unknown")
-
-
-def _reads_config(module: nn.Module, field: str) -> bool:
-    """Whether `forward` reads `self.config.<field>`: then the module needs a view of the config with its own number."""
-    return re.search(rf"self\.config\.{field}\b", _source(type(module).forward)) is not None
-
-
-@cache
-def _source(function: Callable[..., object]) -> str:
-    """Kept, because Python takes a whole file apart to find it."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return ""  # a generated class has no source; verification is the safety net
+def _refuse_fixed_width(module: nn.Module) -> None:
+    """A forward that gives what it mixed the width of its input has no room for fewer heads."""
+    first = next((name for name in inspect.signature(type(module).forward).parameters if name != "self"), "")
+    source = forward_of(module)
+    for last in re.findall(rf"^ +(?:\w+, )+(\w+) = {first}\.(?:size\(\)|shape)$", source, re.MULTILINE):
+        if last != "_" and re.search(rf"\.(?:view|reshape)\((?:[^()]|\([^()]*\))*\b{last}\b", source):
+            raise Refused(f"its forward reshapes to {last}, the width of its input, whatever the number of heads")
 
 
 def _path_in_stack(name: str, stacks: dict[str, tuple[str, ...]]) -> str:
@@ -241,7 +175,7 @@ def _merged(path: str, sites: list[Site]) -> Site:
     return replace(
         first,
         name=path,
-        slices=tuple(piece for site in sites for piece in site.slices),
+        slices=tuple(dict.fromkeys(piece for site in sites for piece in site.slices)),
         attributes=tuple(piece for site in sites for piece in site.attributes),
         reads=tuple(piece for site in sites for piece in site.reads),
     )

@@ -6,10 +6,20 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_prune.structure.layouts import FEED_FORWARD_LAYOUTS, FEED_FORWARD_WIDTH_NAMES, FeedForwardLayout
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear
+from hf_prune.structure.layouts import (
+    FEED_FORWARD_WIDTH_NAMES,
+    NORM_EPSILON_NAMES,
+    FeedForwardLayout,
+    feed_forward_layouts,
+)
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, weight_of
 from hf_prune.structure.projections import reading_slice, writing_slices
-from hf_prune.structure.sites import Attribute, Read, Refusal, Site, Span
+from hf_prune.structure.sites import Attribute, FullWidthNorm, Read, Refusal, Site, Span, TensorSlice
+from hf_prune.structure.source import reads_config, source_of
+
+
+class _Refused(Exception):
+    """This feed-forward can't be pruned soundly; the message is the reason."""
 
 
 def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
@@ -17,44 +27,83 @@ def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
     for name in names.modules:
         layout = matching(names, name)
         if layout is not None:
-            yield _site(names, name, layout)
+            try:
+                yield _site(names, name, layout)
+            except _Refused as reason:
+                yield Refusal("ffn_neurons", name, str(reason))
 
 
 def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
     """The layout of the feed-forward `name`, if it is one by names and widths: d_model -> d_ff -> d_model."""
-    for layout in FEED_FORWARD_LAYOUTS:
+    for layout in feed_forward_layouts():
         if all(is_linear(names.get(name, part)) for part in layout.parts):
             *inputs, output = (names.modules[names.resolve(name, part)] for part in layout.parts)
-            alike = all(d_out(module) == d_in(output) * layout.stacked for module in inputs)
-            return layout if alike else None
+            widths = {d_out(module) for module in inputs}
+            d_ff = d_in(output)
+            alike = widths == {d_ff} or (len(inputs) == 1 and widths == {2 * d_ff})
+            # what narrows is no feed-forward: an adapter, a low rank, a squeeze
+            if alike and d_in(inputs[0]) == d_out(output) <= max(widths):
+                return layout
     return None
 
 
-def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site | Refusal:
-    output_name = names.resolve(name, layout.output)
+def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site:
+    module, output_name = names.modules[name], names.resolve(name, layout.output)
     output = names.modules[output_name]
     d_ff = d_in(output)
     inputs = [(names.resolve(name, part), names.modules[names.resolve(name, part)]) for part in layout.inputs]
-    norm = _norm_over_units(names.modules[name], d_ff, d_out(output))
-    if norm:
-        return Refusal("ffn_neurons", name, f"{norm} normalises over all neurons, so removing some changes the rest")
-    spans = tuple(Span(part * d_ff, 1) for part in range(layout.stacked))
-    slices = [piece for part, module in inputs for piece in writing_slices(part, module, spans)]
+    spans = tuple(Span(part * d_ff, 1) for part in range(d_out(inputs[0][1]) // d_ff))
+    slices = [piece for part, linear in inputs for piece in writing_slices(part, linear, spans)]
     slices.append(reading_slice(output_name, output, Span(0, 1)))
-    attributes = tuple(
-        Attribute(name, attribute, 1)
-        for attribute in FEED_FORWARD_WIDTH_NAMES
-        if names.modules[name].__dict__.get(attribute) == d_ff
+    norms = []
+    if d_ff != d_out(output):  # where widths can tell what is over neurons from what is over d_model
+        for path, child in _between(module, {names.resolve("", part) for part in layout.parts}):
+            full = names.resolve(name, path)
+            if isinstance(child, (nn.Conv1d, nn.Conv2d)) and child.groups == child.in_channels == d_ff:
+                slices += [*writing_slices(full, child, (Span(0, 1),))]  # depthwise: (d_ff, 1, …)
+            elif weight_of(child).numel() == d_ff:
+                norms.append(_folded(full, child))
+                slices.append(TensorSlice(full, "weight", 0, (Span(0, 1),), writes=True))
+            elif d_ff in weight_of(child).shape:
+                raise _Refused(
+                    f"it also holds {path} ({type(child).__name__}) over all neurons, whose role is unknown"
+                )
+    source = source_of(module)
+    attributes = [
+        Attribute(name, field, 1) for field in FEED_FORWARD_WIDTH_NAMES if module.__dict__.get(field) == d_ff
+    ] + [
+        Attribute(name, field, 1, of_config=True) for field in FEED_FORWARD_WIDTH_NAMES if reads_config(source, field)
+    ]
+    return Site(
+        name,
+        "ffn_neurons",
+        d_ff,
+        tuple(slices),
+        tuple(attributes),
+        tuple(norms),
+        reads=(Read(output_name, Span(0, 1)),),
     )
-    return Site(name, "ffn_neurons", d_ff, tuple(slices), attributes, reads=(Read(output_name, Span(0, 1)),))
 
 
-def _norm_over_units(module: nn.Module, d_ff: int, d_model: int) -> str | None:
-    """The name of a child norm whose width is d_ff; None where widths can't tell it from a norm over d_model."""
-    if d_ff == d_model:
-        return None
+def _between(module: nn.Module, parts: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a weight beside the projections, of the module itself and of what wraps one such (a depthwise convolution)."""
     for name, child in module.named_children():
-        weight = getattr(child, "weight", None)
-        if "Norm" in type(child).__name__ and weight is not None and weight.numel() == d_ff:
-            return name
-    return None
+        inside = [(f"{name}.{path}" if path else name, inner) for path, inner in child.named_modules()]
+        if any(path in parts for path, _ in inside):
+            continue
+        weighted = [(path, inner) for path, inner in inside if inner._parameters.get("weight") is not None]
+        if len(weighted) == 1:
+            yield weighted[0]
+
+
+def _folded(name: str, norm: nn.Module) -> FullWidthNorm:
+    """The norm over all neurons, if it is one that can be folded.
+
+    Raises:
+        _Refused: it isn't.
+    """
+    epsilon = next((key for key in NORM_EPSILON_NAMES if isinstance(getattr(norm, key, None), float)), None)
+    if "RMS" not in type(norm).__name__ or norm._parameters.get("bias") is not None or epsilon is None:
+        own = name.rpartition(".")[2]
+        raise _Refused(f"{own} normalises over all neurons, so removing some changes the rest")
+    return FullWidthNorm(name, epsilon)

@@ -11,8 +11,12 @@ The order of a fused projection along its output axis:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
+
+from hf_prune.errors import PruneError
 
 
 FusedOrder = Literal["stacked", "interleaved", "grouped", "multi_query"]
@@ -20,35 +24,39 @@ FusedOrder = Literal["stacked", "interleaved", "grouped", "multi_query"]
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """Names of an attention's projections: `query`, `key`, `value`, or one `fused` projection; then `output`.
+    """Names of an attention's projections: `query`, `key`, `value`, or `query`, `key_value`, or one `fused`; then `output`.
 
-    `orders` are tried in turn: (flag of the attention module that must be true, or "", order).
-    `extra` are further per-head projections that may be there. `bias_table` is a per-head embedding that block 0
-    owns and hands to the whole stack, so that its heads leave every block of the stack together.
+    `orders` of what is fused are tried in turn: (flag of the attention module that must be true, or "", order).
+    `latent` names what makes the low-rank states that all heads read and that stays; the projections then differ in
+    entries a head, and each is laid out head by head. `extra` are further per-head projections that may be there.
+    `bias_table` is a per-head embedding that block 0 owns and hands to the whole stack, so that its heads leave every
+    block of the stack together.
     """
 
     output: str
     query: str = ""
     key: str = ""
     value: str = ""
+    key_value: str = ""
     fused: str = ""
     orders: tuple[tuple[str, FusedOrder], ...] = ()
+    latent: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     bias_table: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The children that must be there for the layout to match."""
-        return (self.fused, self.output) if self.fused else (self.query, self.key, self.value, self.output)
+        inputs = (self.query, self.key, self.value, self.key_value, self.fused)
+        return (*(part for part in inputs if part), *self.latent, self.output)
 
 
 @dataclass(frozen=True, slots=True)
 class FeedForwardLayout:
-    """Names of a feed-forward's projections. `stacked` says how many parts a fused input holds: gate and up are 2."""
+    """Names of a feed-forward's projections. An input twice as wide as the output reads holds gate and up, one after the other."""
 
     inputs: tuple[str, ...]
     output: str
-    stacked: int = 1
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -56,58 +64,115 @@ class FeedForwardLayout:
         return (*self.inputs, self.output)
 
 
+# Separate projections. Each set of names goes with any of the outputs; one inside the module comes first.
+_INPUTS = (
+    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA
+    ("q_proj", "k_proj", "v_proj"),  # Llama and most others
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT, XLM
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa-v2, ProphetNet
+    ("linear_q", "linear_k", "linear_v"),  # conformers
+    ("project_q", "project_k", "project_v"),  # CPM-Ant
+    ("q_proj.linear", "k_proj.linear", "v_proj.linear"),  # Moshi, Gemma 4's towers
+    ("to_q", "to_k", "to_v"),
+    ("Wq", "Wk", "Wv"),  # CTRL
+    ("q", "k", "v"),  # MPNet, Qwen2.5-Omni's tower
+)
+_OUTPUTS = (
+    *("o_proj", "out_proj", "dense", "proj", "projection", "projection_layer", "out_lin", "linear_out", "output_proj"),
+    *("Wo", "o_proj.linear", "to_out", "attention_out", "o", "post.linear", "output_projection.o_proj", "output"),
+)
+_SIBLING_OUTPUTS = ("../output.dense", "../output", "../post")
+
 ATTENTION_LAYOUTS: tuple[AttentionLayout, ...] = (
-    # BERT, RoBERTa, ELECTRA: the output projection is in a sibling
-    AttentionLayout(query="query", key="key", value="value", output="../output.dense"),
-    # ALBERT
-    AttentionLayout(query="query", key="key", value="value", output="dense"),
-    # DeBERTa-v2; the position projections exist unless they are shared with the content's
-    AttentionLayout(
-        query="query_proj",
-        key="key_proj",
-        value="value_proj",
-        output="../output.dense",
-        extra=("pos_key_proj", "pos_query_proj"),
-    ),
-    # DistilBERT
-    AttentionLayout(query="q_lin", key="k_lin", value="v_lin", output="out_lin"),
-    # Llama, Mistral, Qwen, Gemma, OLMo, ViT, DeiT
-    AttentionLayout(query="q_proj", key="k_proj", value="v_proj", output="o_proj"),
-    # OPT, BART, CLIP, Whisper
-    AttentionLayout(query="q_proj", key="k_proj", value="v_proj", output="out_proj"),
     # T5
     AttentionLayout(query="q", key="k", value="v", output="o", bias_table="relative_attention_bias"),
+    *(
+        AttentionLayout(query=query, key=key, value=value, output=output)
+        for (query, key, value), output in product(_INPUTS, (*_OUTPUTS, *_SIBLING_OUTPUTS))
+    ),
+    # DeepSeek's latent attention
+    *(
+        AttentionLayout(query=query, key_value="kv_b_proj", output="o_proj", latent=latent)
+        for query, latent in (("q_b_proj", ("q_a_proj", "kv_a_proj_with_mqa")), ("q_proj", ("kv_a_proj_with_mqa",)))
+    ),
+    # Granite's speech encoder
+    AttentionLayout(query="to_q", key_value="to_kv", output="to_out", orders=(("", "stacked"),)),
     # GPT-2
-    AttentionLayout(fused="c_attn", output="c_proj", orders=(("", "stacked"),)),
+    AttentionLayout(fused="c_attn", output="c_proj", orders=(("multi_query", "multi_query"), ("", "stacked"))),
     # GPT-NeoX, BLOOM, Falcon
     AttentionLayout(
         fused="query_key_value",
         output="dense",
         orders=(("new_decoder_architecture", "grouped"), ("multi_query", "multi_query"), ("", "interleaved")),
     ),
-    # Phi-3
-    AttentionLayout(fused="qkv_proj", output="o_proj", orders=(("", "stacked"),)),
+    # DeBERTa
+    AttentionLayout(fused="in_proj", output="../output.dense", orders=(("", "interleaved"),)),
+    # Phi-3, ModernBERT, MPT, Bark, the towers of Qwen-VL, BLIP, TimeSformer
+    *(
+        AttentionLayout(fused=fused, output=output, orders=(("", "stacked"),))
+        for fused, output in product(
+            ("qkv_proj", "qkv", "Wqkv", "att_proj"),
+            ("o_proj", "out_proj", "proj", "projection", "Wo", "dense", "../output.dense"),
+        )
+    ),
 )
 
 FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("gate_proj", "up_proj"), output="down_proj"),  # Llama and most decoders
-    FeedForwardLayout(inputs=("gate_up_proj",), output="down_proj", stacked=2),  # Phi-3
+    FeedForwardLayout(inputs=("gate_up_proj",), output="down_proj"),  # Phi-3, GLM
+    FeedForwardLayout(inputs=("up_proj",), output="down_proj"),  # Apertus, Nemotron
+    FeedForwardLayout(inputs=("gate_proj.linear", "up_proj.linear"), output="down_proj.linear"),  # Gemma 4's towers
     FeedForwardLayout(inputs=("intermediate.dense",), output="output.dense"),  # BERT
     FeedForwardLayout(inputs=("fc1",), output="fc2"),  # OPT, BART, ViT, CLIP, Whisper
     FeedForwardLayout(inputs=("c_fc",), output="c_proj"),  # GPT-2
+    FeedForwardLayout(inputs=("c_fc_0", "c_fc_1"), output="c_proj"),  # EXAONE
     FeedForwardLayout(inputs=("dense_h_to_4h",), output="dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
     FeedForwardLayout(inputs=("lin1",), output="lin2"),  # DistilBERT
     FeedForwardLayout(inputs=("ffn",), output="ffn_output"),  # ALBERT
     FeedForwardLayout(inputs=("wi_0", "wi_1"), output="wo"),  # T5 v1.1
     FeedForwardLayout(inputs=("wi",), output="wo"),  # T5
+    FeedForwardLayout(inputs=("Wi",), output="Wo"),  # ModernBERT
+    FeedForwardLayout(inputs=("w1", "w3"), output="w2"),  # LFM2
+    FeedForwardLayout(inputs=("w1",), output="w2"),
+    FeedForwardLayout(inputs=("w_in",), output="w_out"),  # CPM-Ant, where w_in is a gated pair
+    FeedForwardLayout(inputs=("weights_in",), output="weights_out"),  # DINOv2's SwiGLU
+    FeedForwardLayout(inputs=("linear1",), output="linear2"),  # conformers
+    FeedForwardLayout(inputs=("linear_1",), output="linear_2"),
+    FeedForwardLayout(inputs=("linear_fc1",), output="linear_fc2"),  # Qwen3-VL's tower
+    FeedForwardLayout(inputs=("linear_in",), output="linear_out"),
+    FeedForwardLayout(inputs=("intermediate_dense",), output="output_dense"),  # wav2vec 2
+    FeedForwardLayout(inputs=("intermediate",), output="output"),  # ProphetNet
+    FeedForwardLayout(inputs=("proj_in",), output="proj_out"),  # SAM 2
+    FeedForwardLayout(inputs=("in_proj",), output="out_proj"),  # Bark
+    FeedForwardLayout(inputs=("dense1",), output="dense2"),  # PVT, SegFormer, GLPN
+    FeedForwardLayout(inputs=("dense_in",), output="dense_out"),
+    FeedForwardLayout(inputs=("fc_in",), output="fc_out"),  # GPT-J, CodeGen
+    FeedForwardLayout(inputs=("layer1",), output="layer2"),  # SAM 3
+    FeedForwardLayout(inputs=("layer_1",), output="layer_2"),  # XLNet
+    FeedForwardLayout(inputs=("ffw_layer_1",), output="ffw_layer_2"),  # Gemma 3n's conformer
+    FeedForwardLayout(inputs=("ffw_layer_1.linear",), output="ffw_layer_2.linear"),  # Gemma 4's conformer
+    FeedForwardLayout(inputs=("proj_up_gate", "proj_up"), output="proj_down"),  # xLSTM
+    FeedForwardLayout(inputs=("input_linear",), output="output_linear"),  # Granite's shared experts
+    FeedForwardLayout(inputs=("pwconv1",), output="pwconv2"),  # ConvNeXt
+    FeedForwardLayout(inputs=("pointwise_conv1",), output="pointwise_conv2"),  # DINOv3's ConvNeXt
+    FeedForwardLayout(inputs=("up_conv",), output="down_conv"),
+    FeedForwardLayout(inputs=("0",), output="2"),  # a plain sequence: CTRL, perceivers, X-CLIP
+    FeedForwardLayout(inputs=("0",), output="3"),  # with dropout between
 )
 
 # What attention modules call their numbers.
-HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head")
+VALUE_SIZE_NAMES = ("v_head_dim",)  # of latent attention, where keys are longer
+HEAD_COUNT_NAMES = (
+    *("num_attention_heads", "num_heads", "n_heads", "n_head", "num_attn_heads", "heads", "nhead", "h"),
+    *("num_global_attention_heads", "encoder_attention_heads", "decoder_attention_heads"),
+)
 KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
+KV_WIDTH_NAMES = ("kv_dim", "key_value_dim")
 # Widths that count all query heads' entries and are used to split or reshape.
 ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size")
+# The same where code reshapes by them; elsewhere they are the width of the model.
+PERHAPS_WIDTH_NAMES = ("embed_dim", "hidden_size", "d_model", "dim", "hidden_dim", "qkv_dim", "attention_dim")
 
 # What feed-forward modules call d_ff.
 FEED_FORWARD_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "hidden_dim", "d_ff")
@@ -116,17 +181,78 @@ FEED_FORWARD_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "hidden_dim", "d_ff"
 DEPTH_NAMES = ("n_layers", "num_layers", "num_hidden_layers")
 LAYER_NUMBER_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "layer_index")
 
-# Query and key norms: over one head (nothing to do) or over all of them (folded, or refused).
-FULL_WIDTH_NORM_NAMES = ("q_norm", "k_norm")
+# Norms inside an attention, by words in their names: those of queries and keys are over one head (nothing to do) or over
+# all of them (folded, or refused), those of the output's input over all. Any other is of the model's or a latent state.
+UNIT_NORM_WORDS = (
+    "q_norm",
+    "k_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "query_norm",
+    "key_norm",
+    "layer_norm_q",
+    "layer_norm_k",
+)
+OUTPUT_NORM_WORDS = ("attn_ln", "sub_norm", "out_norm", "o_norm", "output_norm")
 NORM_EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 
+# Parameters of an attention with an entry, or entries, for each query head: name -> the dimension of heads.
+PER_HEAD_PARAMETERS = {
+    "sinks": 0,  # GPT-OSS
+    "attention_biases": 0,  # LeViT
+    "relative_position_bias_table": 1,  # Swin, and what BEiT calls by a module
+    "logit_scale": 0,  # Swin v2
+    "gru_rel_pos_const": 1,  # WavLM
+    "r_w_bias": 0,  # Transformer-XL's two
+    "r_r_bias": 0,
+    "bias_u": 0,
+    "bias_v": 0,
+    "pos_bias_u": 0,
+    "pos_bias_v": 0,
+    "q_bias": 0,  # DeBERTa, BEiT
+    "v_bias": 0,
+    "k_bias": 0,
+    "lambda_per_head": 0,
+    "head_scale": 0,
+    "gate_bias": 0,
+}
+# Modules inside an attention that hold such a parameter: path -> (parameter, dimension of heads).
+PER_HEAD_MODULES = {
+    "relative_position_bias": ("relative_position_bias_table", 1),
+    "relative_attention_bias": ("weight", 1),
+    "rel_attn_embed": ("weight", 1),
+}
+# Tables beside a stack whose bias all its attentions take as one of these arguments; then heads leave all blocks together.
+SHARED_TABLES = {"relative_attention_bias": ("weight", 1), "shared_position_bias": ("relative_position_bias_table", 1)}
+SHARED_BIAS_ARGUMENTS = ("position_bias", "relative_position_bias", "shared_relative_position_bias")
+# Further projections with one output, or d_head, for each query head: gates, relative positions, global attention.
+PER_HEAD_PROJECTIONS = (
+    *("g_proj", "gate_proj", "r_proj", "linear_pos", "pos_proj", "relative_k_proj", "pos_key_proj", "pos_query_proj"),
+    *("query_global", "key_global", "value_global", "relative_position_embedding.pos_proj"),
+    *("continuous_position_bias_mlp.2", "output_projection.gate_proj", "gate", "head_gate", "attn_gate"),
+)
+# Convolutions inside an attention over the model's states, before keys and values are made: they stay.
+CONVOLUTIONS_OF_INPUTS = ("sr", "sequence_reduction", "spatial_reduction", "convolution", "conv")
+# Linear layers inside an attention that see no head: they stay.
+HEADLESS_PROJECTIONS = (
+    "gru_rel_pos_linear",
+    "indexer",
+    "compressor",
+    "continuous_position_bias_mlp.0",
+    "sr",
+    "q_a_proj",
+)
+
 # What the first block owns and hands to the others; it moves to the first kept block. (module, flag beside it)
-OWNED_BY_FIRST_BLOCK: tuple[tuple[str, str], ...] = (("relative_attention_bias", "has_relative_attention_bias"),)
+OWNED_BY_FIRST_BLOCK: tuple[tuple[str, str], ...] = (
+    ("relative_attention_bias", "has_relative_attention_bias"),
+    ("rel_attn_embed", "has_relative_position_bias"),
+)
 
 # What blocks call an attention that reads another stack's outputs; a block's own has none of these in its name.
 CROSS_ATTENTION_WORDS = ("cross", "encoder_attn", "encdec")
 
-# Config switches under which an attention adds a bias by head number (ALiBi): slopes would change with the count.
+# Arguments by which an attention gets a bias by head number (ALiBi): slopes would change with the count.
 ALIBI_ARGUMENT = "alibi"
 
 # Config switches that make a layer's function depend on its number.
@@ -137,3 +263,36 @@ LAYER_KINDS = "layer_types"
 FIXED_POSITION_SIBLINGS = ("conv",)
 # Where one block is called several times, the config field that holds the number of calls, read in forward (ALBERT).
 REPEAT_FIELDS = {"albert_layer_groups": "num_hidden_layers"}
+
+_registered: list[AttentionLayout | FeedForwardLayout] = []
+
+
+def register_layout(layout: AttentionLayout | FeedForwardLayout) -> None:
+    """Teach discovery a layout of your own, for this process; it comes before the built-in ones.
+
+    Args:
+        layout: the names of an attention's or a feed-forward's projections.
+    """
+    if not isinstance(layout, (AttentionLayout, FeedForwardLayout)):
+        raise PruneError(
+            f"register_layout got a {type(layout).__name__}; expected an AttentionLayout or a FeedForwardLayout"
+        )
+    if layout not in _registered:
+        _registered.insert(0, layout)
+
+
+def feed_forward_layouts() -> Iterator[FeedForwardLayout]:
+    """Those that were registered, the last one first, then the built-in ones."""
+    yield from (layout for layout in _registered if isinstance(layout, FeedForwardLayout))
+    yield from FEED_FORWARD_LAYOUTS
+
+
+def attention_by_first_part() -> Iterator[tuple[str, list[AttentionLayout]]]:
+    """(first part that must be there, layouts that begin with it): registered ones, then the built-in ones."""
+    yield from ((layout.parts[0], [layout]) for layout in _registered if isinstance(layout, AttentionLayout))
+    yield from _BY_FIRST_PART.items()
+
+
+_BY_FIRST_PART: dict[str, list[AttentionLayout]] = {}
+for _layout in ATTENTION_LAYOUTS:
+    _BY_FIRST_PART.setdefault(_layout.parts[0], []).append(_layout)

@@ -76,6 +76,18 @@ def number(module: nn.Module, names: tuple[str, ...]) -> tuple[str, int] | None:
     return None
 
 
+def read_number(config: Any, names: tuple[str, ...]) -> int | None:
+    """The first of `names` that a config says as a positive int."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # configs with per-layer values refuse to say one for all
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """Its `weight`, which `nn.Module` can't promise to be a tensor."""
     weight = module.weight

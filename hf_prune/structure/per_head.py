@@ -1,0 +1,103 @@
+"""What an attention holds beside its projections: biases, scales, gates and norms, by head or over all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from hf_prune.structure import layouts
+from hf_prune.structure.heads import Heads, Refused
+from hf_prune.structure.naming import ModuleNames, d_out, is_linear, weight_of
+from hf_prune.structure.projections import writing_slices
+from hf_prune.structure.sites import FullWidthNorm, Span, TensorSlice
+
+
+def side_slices(names: ModuleNames, name: str, heads: Heads, known: set[str]) -> Iterator[TensorSlice]:
+    """Parameters and further projections with entries for each query head.
+
+    Args:
+        known: tensors that the projections' slices and the output have.
+
+    Raises:
+        Refused: one whose role isn't known.
+    """
+    module = names.modules[name]
+    for child, parameter in module._parameters.items():
+        if parameter is not None:
+            yield from _of_parameter(name, child, parameter, heads)
+    for path, (child, dim) in layouts.PER_HEAD_MODULES.items():
+        parameter = getattr(names.get(name, path), child, None)
+        if isinstance(parameter, Tensor):
+            yield _slice(names.resolve(name, path), child, parameter, dim, heads)
+    for path, linear in module.named_modules():
+        full = names.resolve(name, path) if path else name
+        if not path or f"{full}.weight" in known or _is_headless(path, heads):
+            continue
+        if is_linear(linear):
+            if path not in layouts.PER_HEAD_PROJECTIONS or d_out(linear) % heads.n_heads:
+                raise Refused(f"it also holds the linear layer {path}, whose role is unknown")
+            yield from writing_slices(full, linear, (Span(0, d_out(linear) // heads.n_units),))
+        elif (
+            isinstance(linear, (nn.Conv1d, nn.Conv2d))
+            and linear.in_channels in _widths(heads)
+            and path.rpartition(".")[2] not in layouts.CONVOLUTIONS_OF_INPUTS
+        ):
+            raise Refused(f"it also holds the convolution {path}, whose role is unknown")
+
+
+def _of_parameter(name: str, child: str, parameter: Tensor, heads: Heads) -> Iterator[TensorSlice]:
+    dim = layouts.PER_HEAD_PARAMETERS.get(child)
+    if dim is not None and parameter.shape[dim] % heads.n_heads == 0:
+        yield _slice(name, child, parameter, dim, heads)
+    elif heads.n_heads > 1 and heads.n_heads in parameter.shape:
+        raise Refused(f"its parameter {child} {tuple(parameter.shape)} may hold one entry a head")
+
+
+def _slice(module: str, child: str, parameter: Tensor, dim: int, heads: Heads) -> TensorSlice:
+    """(…, n_heads pieces, …) -> the pieces of a unit's query heads."""
+    return TensorSlice(module, child, dim, (Span(0, parameter.shape[dim] // heads.n_units),), writes=True)
+
+
+def _is_headless(path: str, heads: Heads) -> bool:
+    kept_whole = heads.n_kv_heads == 1 and path.rpartition(".")[2] in ("k_proj", "v_proj", "k", "v", "key", "value")
+    return kept_whole or any(path == known or path.startswith(f"{known}.") for known in layouts.HEADLESS_PROJECTIONS)
+
+
+def _widths(heads: Heads) -> tuple[int, ...]:
+    return heads.n_heads * heads.d_value, heads.n_kv_heads * heads.d_head
+
+
+def full_width_norms(names: ModuleNames, name: str, heads: Heads) -> tuple[list[FullWidthNorm], list[TensorSlice]]:
+    """Norms over all heads at once, that have to be folded, and the slices of norms.
+
+    Raises:
+        Refused: one that can't be folded.
+    """
+    norms, slices = [], []
+    for path, norm in names.modules[name].named_modules():
+        if _is_headless(path, heads):
+            continue
+        words, weight = path.rpartition(".")[2], norm._parameters.get("weight")
+        over_output = any(word in words for word in layouts.OUTPUT_NORM_WORDS)
+        if not isinstance(weight, Tensor) or not (over_output or any(w in words for w in layouts.UNIT_NORM_WORDS)):
+            continue
+        full = names.resolve(name, path)
+        if weight.numel() in (heads.d_head, heads.d_value):
+            continue  # each head by itself, with the same weights
+        n_of_its_heads = heads.n_heads if weight.shape[0] == heads.n_heads else heads.n_kv_heads
+        if weight.dim() == 2 and weight.shape[0] == n_of_its_heads and heads.n_kv_heads > 1:
+            slices.append(TensorSlice(full, "weight", 0, (Span(0, n_of_its_heads // heads.n_units),), True))
+            continue
+        epsilon = next(
+            (key for key in layouts.NORM_EPSILON_NAMES if isinstance(getattr(norm, key, None), float)), None
+        )
+        widths = (heads.n_heads * heads.d_head, heads.n_kv_heads * heads.d_head, heads.n_heads * heads.d_value)
+        is_rms = "RMS" in type(norm).__name__ and norm._parameters.get("bias") is None
+        if not is_rms or epsilon is None or weight.numel() not in widths:
+            raise Refused(f"{path} ({type(norm).__name__}) normalises over all heads and can't be folded")
+        if heads.n_kv_heads == 1 and weight.numel() == heads.d_head:
+            continue
+        norms.append(FullWidthNorm(full, epsilon))
+        slices.append(TensorSlice(full, "weight", 0, (Span(0, weight_of(norm).numel() // heads.n_units),), True))
+    return norms, slices
