@@ -26,6 +26,7 @@ from hf_prune.report.table import (
     shown,
     site_rows,
 )
+from hf_prune.report.verdict import verdict
 
 
 _TEMPLATE = "card.md.j2"
@@ -84,6 +85,7 @@ def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | N
         tables=_tables(report),
         plain=checkpoint.get("loads_with", "transformers") == "transformers",
         why=_sentence(checkpoint.get("why")),
+        verdict=[_sentence(line) for line in verdict(report).values()],
         auto_class=checkpoint.get("class") or "AutoModel",
         repo_id=repo_id or _NO_REPOSITORY,
         verification=_verification(report),
@@ -294,8 +296,6 @@ def _limits(report: dict[str, Any]) -> list[str]:
         )
     else:
         limits.append("No metric was recorded: nothing here says how much quality was lost. Evaluate before use.")
-    if any(weight.get("n_zero") for weight in report.get("weights") or []):
-        limits.append("Weights set to zero keep their place: by themselves they make no model smaller or faster.")
     if measured.get("latency_ms"):
         limits.append("Speed holds for the hardware named; fewer parameters gain less at small batches.")
     else:

@@ -22,6 +22,7 @@ from hf_prune.checkpoint.saving import ARTIFACTS
 from hf_prune.errors import CheckpointError
 from hf_prune.files import replace_file
 from hf_prune.report.table import lines, site_table, totals_table
+from hf_prune.report.verdict import verdict
 
 
 FORMAT, VERSION = "hf_prune.report", 1
@@ -41,11 +42,12 @@ class PruningReport:
         return cls(dict(content))
 
     def to_dict(self) -> dict[str, Any]:
-        return self.content
+        """The content, and what it amounts to (`verdict`)."""
+        return {**self.content, "verdict": verdict(self.content)}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """As JSON; written to `path` if given, beside it first and then renamed."""
-        text = json.dumps(self.content, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if path is not None:
             replace_file(Path(path), text)
         return text

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from hf_prune.report.verdict import verdict
+
 
 _FEW = 8  # units that are named one by one
 
@@ -100,8 +102,7 @@ def lines(content: Mapping[str, Any]) -> list[str]:
             f"verified on {check['inputs']} inputs: the smaller model differs from the masked one by at most "
             f"{check['max_difference']:.1e} of the largest output ({check['dtype']}, tolerance {check['tolerance']:.0e})"
         )
-    if content["checkpoint"]:
-        said.append(f"loads with {content['checkpoint']['loads_with']}: {content['checkpoint']['why']}")
+    said += verdict(content).values()
     said += [f"note: {note}" for note in content["notes"]]
     if times := content.get("seconds"):
         said.append("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in times.items()))
