@@ -271,7 +271,7 @@ def _resize_module(module: Any, entry: Mapping[str, Any]) -> None:
     set_sizes(module)
     for name, value in entry.get("attributes", {}).items():
         setattr(module, name, value)
-    if "config" in entry:
+    if entry.get("config"):
         module.config = ConfigView(module.config, entry["config"])
 
 
