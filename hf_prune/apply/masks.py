@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.parts import check_parts
+from hf_prune.apply.routing import KeptExperts
 from hf_prune.errors import PruneError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model
@@ -93,6 +94,10 @@ def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | No
     for site in structure.of("layers"):
         if site.key in masks.units:
             _bypass(model, site, masks.units[site.key])
+    for site in structure.of("experts"):
+        if site.key in masks.units and not masks.units[site.key].all():
+            router = model.get_submodule(site.router)
+            router.register_forward_hook(KeptExperts(site, masks.units[site.key]), with_kwargs=True)
     model.__dict__[_ATTRIBUTE] = _Masked(masks, masked_entries(structure, masks))
     enforce_(model)
 
@@ -115,7 +120,9 @@ def clear_masks(model: nn.Module) -> None:
     """Forget the masks and remove the bypasses; weights stay as they are."""
     model.__dict__.pop(_ATTRIBUTE, None)
     for module in model.modules():
-        for hook_id in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Bypass)]:
+        for hook_id in [
+            key for key, hook in module._forward_hooks.items() if isinstance(hook, (_Bypass, KeptExperts))
+        ]:
             del module._forward_hooks[hook_id]
             module._forward_hooks_with_kwargs.pop(hook_id, None)
         for hook_id in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _Restart)]:

@@ -34,7 +34,7 @@ def dropped_modules(structure: ModelStructure, masks: KeepMasks) -> list[str]:
 def is_inside(site: Site | WeightSite, modules: Sequence[str]) -> bool:
     """Whether a site lies in `modules`: its matrix does, or all that read its units."""
     prefixes = tuple(f"{module}." for module in modules)
-    places = [site.module] if isinstance(site, WeightSite) else [read.module for read in site.reads]
+    places = [site.module] if isinstance(site, WeightSite) else site.places
     return bool(places) and all(f"{place}.".startswith(prefixes) for place in places)
 
 

@@ -93,6 +93,11 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
         if piece.name in weights:
             weights[piece.name] = weights[piece.name].index_select(piece.dim, index)
         set_sizes(module)
+    for piece in site.buffers:
+        module = model.get_submodule(piece.module)
+        buffer = getattr(module, piece.tensor)
+        kept = torch.nonzero(keep).reshape(-1).to(buffer.device)
+        setattr(module, piece.tensor, buffer.index_select(piece.dim, kept))
     for norm in site.norms:
         module = model.get_submodule(norm.module)
         grown = site.n_units / n_kept  # N / K
@@ -100,10 +105,15 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
         setattr(module, norm.epsilon, getattr(module, norm.epsilon) * grown)
     views: dict[str, dict[str, int]] = {}
     for attribute in site.attributes:
+        counter: Any = model.get_submodule(attribute.module)
+        number = attribute.per_unit * n_kept
+        if attribute.is_limit:
+            now = getattr(counter.config if attribute.of_config else counter, attribute.name)
+            number = min(number, now)
         if attribute.of_config:
-            views.setdefault(attribute.module, {})[attribute.name] = attribute.per_unit * n_kept
+            views.setdefault(attribute.module, {})[attribute.name] = number
         else:
-            setattr(model.get_submodule(attribute.module), attribute.name, attribute.per_unit * n_kept)
+            setattr(counter, attribute.name, number)
     for name, overrides in views.items():
         reader: Any = model.get_submodule(name)
         reader.config = ConfigView(reader.config, overrides)

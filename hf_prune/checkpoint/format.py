@@ -5,11 +5,11 @@ Reading it is in `modeling_hf_prune`, which has to stand by itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prune.checkpoint.modeling_hf_prune import MANIFEST_VERSION, ConfigView, absent_returns
@@ -97,7 +97,7 @@ def _entry(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
         return {"absent": returns}
     shapes = {
         name: list(parameter.shape)
-        for name, parameter in module._parameters.items()
+        for name, parameter in (*module._parameters.items(), *_saved_buffers(module, stock))
         if parameter is not None and _differs(parameter, stock, name)
     }
     theirs = numbers(stock)
@@ -114,8 +114,14 @@ def _entry(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
     return {key: part for key, part in parts.items() if part}
 
 
-def _differs(parameter: nn.Parameter, stock: nn.Module, name: str) -> bool:
-    built = stock._parameters.get(name)
+def _saved_buffers(module: nn.Module, stock: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Those that both have: what stands for a part that has left holds an empty one in place of a parameter."""
+    both = module._buffers.keys() & stock._buffers.keys() - module._non_persistent_buffers_set
+    return ((name, module._buffers[name]) for name in sorted(both))
+
+
+def _differs(parameter: Tensor, stock: nn.Module, name: str) -> bool:
+    built = stock._parameters.get(name, stock._buffers.get(name))
     if built is None:
         return name == "bias" and isinstance(stock, nn.Linear)  # all that a manifest can add
     return parameter.shape != built.shape

@@ -193,7 +193,7 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
     tensors = entry.get("tensors", {})
     adds_bias = "bias" in tensors and isinstance(module, nn.Linear) and module.bias is None
     for tensor, shape in tensors.items():
-        built = module._parameters.get(tensor)
+        built = module._parameters.get(tensor, module._buffers.get(tensor))
         place = f"{name}.{_name(tensor)}"
         if tensor == "bias" and adds_bias:
             continue
@@ -260,6 +260,9 @@ def _is_count(value: Any) -> bool:
 
 def _resize_module(module: Any, entry: Mapping[str, Any]) -> None:
     for name, shape in entry.get("tensors", {}).items():
+        if name in module._buffers:  # a router's correction of each expert's score
+            setattr(module, name, module._buffers[name][tuple(slice(size) for size in shape)].clone())
+            continue
         built = module._parameters[name]
         if built is None:
             bias = module.weight.detach().new_zeros(shape)

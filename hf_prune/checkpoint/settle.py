@@ -28,6 +28,7 @@ from hf_prune.checkpoint.format import (
 from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, absent_returns, resize_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
+from hf_prune.structure.layouts import TOP_K_NAMES
 
 
 # Config fields that may hold a depth, a feed-forward width, numbers of heads. Which one does is found by building.
@@ -50,6 +51,8 @@ WIDTH_FIELDS = (
     "hidden_dim",
     "d_ff",
     "n_inner",
+    "moe_intermediate_size",
+    "expert_ffn_hidden_size",
 )
 HEAD_FIELDS = (
     "num_attention_heads",
@@ -61,6 +64,8 @@ HEAD_FIELDS = (
     "num_key_value_heads",
     "num_kv_heads",
 )
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+FIELDS = {"ffn_neurons": WIDTH_FIELDS, "attention_heads": HEAD_FIELDS, "experts": EXPERT_FIELDS}
 # Lists of a config with one entry a layer have one of these in their name.
 PER_LAYER_WORDS = ("layer", "block", "_types")
 
@@ -199,9 +204,10 @@ def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int, leavi
     """Whether some edit gives every site of `sites`, and no other site that stays, `size` units."""
     before = {key: n for key, n in _entries_by_site(model).items() if key not in leaving}
     wanted = before | {site.key: before[site.key] // site.n_units * size for site in sites}
-    fields = WIDTH_FIELDS if sites[0].target == "ffn_neurons" else HEAD_FIELDS
+    fields = FIELDS[sites[0].target]
     edit: Edit = {}
     for one in _scaling_edits(config, fields, sites[0].n_units, size):
+        one = {**one, **_limits(config, size)} if sites[0].target == "experts" else one
         built = _build(model, _edited(config, {**edit, **one}))
         if built is None:
             continue
@@ -299,7 +305,7 @@ def _depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, S
 def _width_edits(model: PreTrainedModel, built: PreTrainedModel, config: Any) -> Iterator[Edit]:
     """Edits that may bring the config's widths to the model's: from what each kind of site has now and had before."""
     before = {site.key: site for site in inspect_model(built).sites}
-    for target, fields in (("ffn_neurons", WIDTH_FIELDS), ("attention_heads", HEAD_FIELDS)):
+    for target, fields in FIELDS.items():
         # by entries and not by units: with one key/value head left, a unit is another thing than with two
         changes = dict.fromkeys(
             (_n_entries(before[site.key]), _n_entries(site))
@@ -307,7 +313,14 @@ def _width_edits(model: PreTrainedModel, built: PreTrainedModel, config: Any) ->
             if site.key in before and _n_entries(site) != _n_entries(before[site.key])
         )
         for old, new in changes:
-            yield from _scaling_edits(config, fields, old, new)
+            for edit in _scaling_edits(config, fields, old, new):
+                yield {**edit, **_limits(config, new)} if target == "experts" else edit
+
+
+def _limits(config: Any, n_experts: int) -> Edit:
+    """Experts a token, no more than there are."""
+    limits = {(path, name): _read(nested, name) for path, nested in _configs(config) for name in TOP_K_NAMES}
+    return {key: n_experts for key, value in limits.items() if type(value) is int and value > n_experts}
 
 
 def _bias_edits(config: Any) -> Iterator[Edit]:
@@ -324,7 +337,7 @@ def _entries_by_site(model: nn.Module) -> dict[str, int]:
 
 def _n_entries(site: Site) -> int:
     """Entries that the output projection reads."""
-    return site.reads[0].span.width * site.n_units
+    return (site.reads[0].span.width if site.reads else 1) * site.n_units
 
 
 def _scaling_edits(config: Any, fields: Sequence[str], old: int, new: int) -> Iterator[Edit]:

@@ -217,4 +217,4 @@ def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[Non
 
 def _block_of(site: Site, blocks: Sequence[str]) -> str | None:
     """The block that holds a site, if any of `blocks` does."""
-    return next((block for block in blocks if all(is_within(read.module, block) for read in site.reads)), None)
+    return next((block for block in blocks if all(is_within(place, block) for place in site.places)), None)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.structure import attention, feed_forward, layers, parts
+from hf_prune.structure import attention, experts, feed_forward, layers, parts
 from hf_prune.structure.cost import count_macs
 from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames
@@ -32,6 +32,9 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     stacks, stack_refusals = layers.find_stacks(names)
     heads = list(_found(attention.find_sites(names, stacks), refusals))
     neurons = list(_found(feed_forward.find_sites(names), refusals))
+    in_experts = list(_found(experts.find_sites(names), refusals))
+    mixtures = [site for site in in_experts if site.target == "experts"]
+    neurons += [site for site in in_experts if site.target != "experts"]
     blocks = list(_found(layers.find_sites(names, stacks, [*heads, *neurons]), refusals))
     refusals += stack_refusals
     of_blocks = list(_found(parts.find_sites(names, stacks), refusals))
@@ -39,7 +42,7 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     return ModelStructure(
         model_class=type(model).__name__,
         model_type=getattr(config, "model_type", "") or "",
-        sites=(*blocks, *of_blocks, *heads, *neurons),
+        sites=(*blocks, *of_blocks, *heads, *mixtures, *neurons),
         weights=tuple(_weight_sites(names)),
         refusals=tuple(refusals),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),

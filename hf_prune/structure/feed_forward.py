@@ -42,9 +42,14 @@ def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
             d_ff = d_in(output)
             alike = widths == {d_ff} or (len(inputs) == 1 and widths == {2 * d_ff})
             # what narrows is no feed-forward: an adapter, a low rank, a squeeze
-            if alike and d_in(inputs[0]) == d_out(output) <= max(widths):
+            if alike and d_in(inputs[0]) == d_out(output) <= max(widths) and _is_alone(names.modules[name], layout):
                 return layout
     return None
+
+
+def _is_alone(module: nn.Module, layout: FeedForwardLayout) -> bool:
+    others = (child for own, child in module.named_children() if own not in layout.parts)
+    return not layout.alone or not (module._parameters or any(True for child in others for _ in child.parameters()))
 
 
 def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site:

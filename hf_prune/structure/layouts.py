@@ -53,10 +53,14 @@ class AttentionLayout:
 
 @dataclass(frozen=True, slots=True)
 class FeedForwardLayout:
-    """Names of a feed-forward's projections. An input twice as wide as the output reads holds gate and up, one after the other."""
+    """Names of a feed-forward's projections. An input twice as wide as the output reads holds gate and up, one after the other.
+
+    `alone` is for names that other modules have too (state space mixers): nothing else with a weight may be beside them.
+    """
 
     inputs: tuple[str, ...]
     output: str
+    alone: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -142,8 +146,8 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("linear_in",), output="linear_out"),
     FeedForwardLayout(inputs=("intermediate_dense",), output="output_dense"),  # wav2vec 2
     FeedForwardLayout(inputs=("intermediate",), output="output"),  # ProphetNet
-    FeedForwardLayout(inputs=("proj_in",), output="proj_out"),  # SAM 2
-    FeedForwardLayout(inputs=("in_proj",), output="out_proj"),  # Bark
+    FeedForwardLayout(inputs=("proj_in",), output="proj_out", alone=True),  # SAM 2
+    FeedForwardLayout(inputs=("in_proj",), output="out_proj", alone=True),  # Bark
     FeedForwardLayout(inputs=("dense1",), output="dense2"),  # PVT, SegFormer, GLPN
     FeedForwardLayout(inputs=("dense_in",), output="dense_out"),
     FeedForwardLayout(inputs=("fc_in",), output="fc_out"),  # GPT-J, CodeGen
@@ -156,8 +160,8 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("pwconv1",), output="pwconv2"),  # ConvNeXt
     FeedForwardLayout(inputs=("pointwise_conv1",), output="pointwise_conv2"),  # DINOv3's ConvNeXt
     FeedForwardLayout(inputs=("up_conv",), output="down_conv"),
-    FeedForwardLayout(inputs=("0",), output="2"),  # a plain sequence: CTRL, perceivers, X-CLIP
-    FeedForwardLayout(inputs=("0",), output="3"),  # with dropout between
+    FeedForwardLayout(inputs=("0",), output="2", alone=True),  # a plain sequence: CTRL, perceivers, X-CLIP
+    FeedForwardLayout(inputs=("0",), output="3", alone=True),  # with dropout between
 )
 
 # What attention modules call their numbers.
@@ -176,6 +180,25 @@ PERHAPS_WIDTH_NAMES = ("embed_dim", "hidden_size", "d_model", "dim", "hidden_dim
 
 # What feed-forward modules call d_ff.
 FEED_FORWARD_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "hidden_dim", "d_ff")
+
+# Experts stacked in 3-D parameters: what their inputs and their output are called, and their numbers.
+EXPERT_INPUTS = ("gate_up_proj", "gate_proj", "up_proj")
+EXPERT_OUTPUT = "down_proj"
+EXPERT_WIDTH_NAMES = ("intermediate_dim", "intermediate_size", "expert_dim", "moe_intermediate_size")
+EXPERT_COUNT_NAMES = (
+    *(
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "num_routed_experts",
+        "moe_num_experts",
+        "total_experts",
+    ),
+    *("n_experts",),
+)
+EXPERT_GROUP_NAMES = ("num_group", "n_group", "num_expert_group", "n_groups")
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_k", "moe_topk", "num_selected_experts")
+ROUTER_NAMES = ("gate", "router")
 
 # What modules that hold a stack call its depth, and what blocks call their own number.
 DEPTH_NAMES = ("n_layers", "num_layers", "num_hidden_layers")

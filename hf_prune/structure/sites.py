@@ -3,7 +3,7 @@
 Axes: d_model, d_ff, d_head, n_heads, n_kv_heads, d_in, d_out; a count is n_*.
 
 A *unit* is the smallest thing kept or removed: a feed-forward neuron, an attention head (under grouped-query
-attention a key/value head with all its query heads), a layer. A *site* is a set of units that compete with each
+attention a key/value head with all its query heads), a layer, an expert. A *site* is a set of units that compete with each
 other and the tensors that shrink with them. Names are qualified module names in the model that was inspected.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 
-Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
-UNIT_TARGETS: tuple[Target, ...] = ("ffn_neurons", "attention_heads", "layers")
+Target = Literal["weights", "ffn_neurons", "attention_heads", "layers", "experts"]
+UNIT_TARGETS: tuple[Target, ...] = ("ffn_neurons", "attention_heads", "layers", "experts")
 Part = Literal["block", "attention", "feed_forward"]
 
 
@@ -74,13 +74,15 @@ class TensorSlice:
 class Attribute:
     """A plain number on a module that counts units: it becomes `per_unit * n_kept`.
 
-    With `of_config`, the number is a field of `module.config` that the module reads in its forward pass.
+    With `of_config`, the number is a field of `module.config` that the module reads in its forward pass. A limit
+    (experts a token) only becomes smaller where it is more than what is left.
     """
 
     module: str
     name: str
     per_unit: int
     of_config: bool = False
+    is_limit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,10 @@ class Site:
     # parts of layers only: what leaves with each unit, in the order of their blocks; a block may have no such part
     part: Part = "block"
     branches: tuple[Branch, ...] = ()
+    # in stacked experts only: the module that holds them, and of target `experts` its router and slices of buffers
+    holder: str = ""
+    router: str = ""
+    buffers: tuple[TensorSlice, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -147,6 +153,11 @@ class Site:
     def numbers(self) -> tuple[int, ...]:
         """What recipes and reports call the units: of a block's part, the number of its block."""
         return tuple(self.blocks.index(branch.block) for branch in self.branches) or tuple(range(self.n_units))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The modules that read the units, or hold them whole."""
+        return tuple(read.module for read in self.reads) or ((self.holder,) if self.holder else ())
 
     @property
     def is_shared(self) -> bool:
