@@ -117,12 +117,39 @@ MODELS: dict[str, tuple[str, dict, type]] = {
 }  # fmt: skip
 
 
+EXPERTS = dict(**{**LLAMA, "head_dim": None}, num_experts_per_tok=2)
+# Mixtures of experts, apart since they need eager experts in float64; the expert counts have names of their own
+MIXTURES: dict[str, tuple[str, dict, type]] = {
+    "mixtral": ("mixtral", dict(**EXPERTS, num_local_experts=6), AutoModelForCausalLM),
+    "qwen2_moe": (
+        "qwen2_moe",
+        dict(**EXPERTS, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40),
+        AutoModelForCausalLM,
+    ),
+    # the bias of each expert's score is a buffer
+    "glm4_moe": (
+        "glm4_moe",
+        dict(
+            **EXPERTS, n_routed_experts=6, moe_intermediate_size=24, first_k_dense_replace=1, n_group=1, topk_group=1
+        ),
+        AutoModelForCausalLM,
+    ),
+    # gate and up in turns, (E, d_in, d_out), with biases
+    "gpt_oss": (
+        "gpt_oss",
+        dict(**{**EXPERTS, "head_dim": 8}, num_local_experts=6, sliding_window=8),
+        AutoModelForCausalLM,
+    ),
+}
+
+
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> PreTrainedModel:
     """The tiny model `name`, with random weights large enough that every part shows in the output; config `changes`."""
-    model_type, config, auto = MODELS[name]
+    model_type, config, auto = (MODELS | MIXTURES)[name]
     torch.manual_seed(seed)
     values = {key: value for key, value in {**config, **changes}.items() if value is not None}
-    model = auto.from_config(CONFIG_MAPPING[model_type](**values))
+    eager = {"experts_implementation": "eager"} if name in MIXTURES else {}
+    model = auto.from_config(CONFIG_MAPPING[model_type](**values), **eager)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

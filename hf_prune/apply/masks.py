@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.parts import check_parts
-from hf_prune.apply.routing import KeptExperts
 from hf_prune.errors import PruneError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model
+from hf_prune.structure.routing import KeptExperts
 
 
 _ATTRIBUTE = "_hf_prune_masked"
@@ -148,6 +148,7 @@ def enforce_(model: nn.Module) -> None:
 
 def _check(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
     sites = {site.key: site.n_units for site in structure.sites}
+    least = {site.key: site.n_least for site in structure.sites}
     for key, keep in masks.units.items():
         if key not in sites:
             raise PruneError(f"the mask names site {key!r}, which {structure.model_class} has not")
@@ -157,6 +158,11 @@ def _check(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> Non
             )
         if not keep.any():
             raise PruneError(f"the mask of {key} keeps none of {sites[key]} units; keep at least one")
+        if int(keep.sum()) < least[key]:
+            raise PruneError(
+                f"the mask of {key} keeps {int(keep.sum())} of {sites[key]} units, and its router compares {least[key]}; set "
+                f"min_keep to {least[key]}"
+            )
     check_parts(model, masks, structure)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, keep in masks.weights.items():

@@ -16,6 +16,7 @@ from hf_prune.apply.present import dropped_modules, is_inside
 from hf_prune.checkpoint.modeling_hf_prune import ConfigView, set_sizes
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
+from hf_prune.structure.naming import parents
 
 
 @dataclass
@@ -58,6 +59,7 @@ def remove_masked_(
         if site.target != "layers" and not is_inside(site, gone):
             _narrow(model, site, keep, weights)
             record.kept_units[key] = int(keep.sum())
+    _count_experts(model, structure, masks)
     clear_masks(model)
     remove_parts_(model, absent)
     for key, keep in removed.items():
@@ -117,6 +119,24 @@ def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tenso
     for name, overrides in views.items():
         reader: Any = model.get_submodule(name)
         reader.config = ConfigView(reader.config, overrides)
+
+
+def _count_experts(model: nn.Module, structure: ModelStructure, masks: KeepMasks) -> None:
+    """Where all mixtures keep equally many experts, the modules around them (that weigh a balancing loss) count those."""
+    sites = structure.of("experts")
+    kept = {int(masks.units[site.key].sum()) if site.key in masks.units else site.n_units for site in sites}
+    before = {site.n_units for site in sites}
+    if len(kept) != 1 or len(before) != 1 or kept == before:
+        return
+    n_kept, n_before = kept.pop(), before.pop()
+    around = {name for site in sites for name in parents(site.holder)}
+    for module in (model.get_submodule(name) for name in sorted(around)):
+        for own in layouts.EXPERT_COUNT_NAMES:
+            if module.__dict__.get(own) == n_before:
+                setattr(module, own, n_kept)
+        for own in layouts.TOP_K_NAMES:
+            if type(module.__dict__.get(own)) is int:
+                setattr(module, own, min(module.__dict__[own], n_kept))
 
 
 def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from hf_prune.calibration.branches import Join, PartGates, PartSums, find_joins
 from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
 from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
-from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, NEEDS_OF_LAYERS, Statistics
-from hf_prune.errors import CalibrationError
+from hf_prune.calibration.routing import RoutedNorms, RoutedShares
+from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, NEEDS_OF_LAYERS, NEEDS_OF_READS, Statistics
+from hf_prune.errors import CalibrationError, UnsupportedModelError
 from hf_prune.structure.cost import evaluating
 from hf_prune.structure.sites import Site, WeightSite
 
@@ -44,7 +45,9 @@ def collect(
 
     Raises:
         CalibrationError: no data, no labels where a loss is needed, or numbers that are not finite.
+        UnsupportedModelError: a need looks where no hook reaches, inside stacked experts.
     """
+    _require_reads(needs, sites)
     inputs = take(batches)
     parts = [site for site in sites if isinstance(site, Site) and site.branches]
     joins: list[Join] = []
@@ -77,13 +80,28 @@ def collect(
     return _statistics(recorders, int(n_seen[0]), int(n_seen[1]))
 
 
+def _require_reads(needs: frozenset[str], sites: Sequence[Site | WeightSite]) -> None:
+    for site in sites:
+        if needs & NEEDS_OF_READS and isinstance(site, Site) and is_stacked(site):
+            raise UnsupportedModelError(
+                f"{site.name} holds the neurons of its experts in stacked weights, so that what is read of each can't be looked "
+                "at; take l1, l2, gradient, loss_change or random, or leave it out with `exclude`"
+            )
+
+
+def is_stacked(site: Site | WeightSite) -> bool:
+    """Whether no hook sees where the units are read: neurons of experts in 3-D weights."""
+    return isinstance(site, Site) and site.target == "ffn_neurons" and not site.reads
+
+
 def _recorders(
     model: nn.Module, needs: frozenset[str], sites: Sequence[Site | WeightSite], joins: Sequence[Join]
 ) -> list[tuple[str, Recorder]]:
     """For each need, in a fixed order, what records it; heads and neurons by one recorder, layers and parts by others."""
     parts = [site for site in sites if isinstance(site, Site) and site.branches]
     layers = [site for site in sites if isinstance(site, Site) and site.target == "layers" and not site.branches]
-    units = [site for site in sites if isinstance(site, Site) and site.target != "layers"]
+    units = [site for site in sites if isinstance(site, Site) and site.reads]
+    experts = [site for site in sites if isinstance(site, Site) and site.target == "experts"]
     others = [site for site in sites if not isinstance(site, Site) or site.target != "layers"]
 
     def of_layers(of: Callable[[Tensor, Tensor], Tensor]) -> list[Recorder]:
@@ -100,6 +118,8 @@ def _recorders(
         names.TURNS: lambda: of_layers(lambda x, y: 1 - cosine_similarity(x, y, dim=-1)),
         names.GATE_GRADIENTS: lambda: gates(torch.abs),
         names.SQUARED_GATE_GRADIENTS: lambda: gates(torch.square),
+        names.ROUTED_SHARES: lambda: [RoutedShares(model, experts)],
+        names.ROUTED_NORMS: lambda: [RoutedNorms(model, experts)],
         names.WEIGHT_GRADIENTS: lambda: [WeightGradients(model, sites)],
     }
     return [(need, recorder) for need in sorted(needs) for recorder in makers[need]()]

@@ -20,9 +20,13 @@ GATE_GRADIENTS = "gate_gradients"
 SQUARED_GATE_GRADIENTS = "squared_gate_gradients"
 WEIGHT_GRADIENTS = "weight_gradients"
 MOVEMENT = "movement"
+ROUTED_SHARES = "routed_shares"
+ROUTED_NORMS = "routed_norms"
 # of which those of layers look at what goes in and comes out
 NEEDS_OF_LAYERS = frozenset({SQUARED_UPDATES, TURNS, GATE_GRADIENTS, SQUARED_GATE_GRADIENTS})
 NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, SQUARED_GATE_GRADIENTS, WEIGHT_GRADIENTS})
+# what is looked at where units are read, by hooks on the modules that read them
+NEEDS_OF_READS = frozenset({SQUARED_INPUTS, MEAN_INPUTS, FIRING, GATE_GRADIENTS, SQUARED_GATE_GRADIENTS})
 NEEDS_OF_TRAINING = frozenset({MOVEMENT})  # what no pass over calibration data tells
 
 
@@ -42,6 +46,8 @@ class Statistics:
         weight_gradients: by parameter name, its shape: dL/dw.
         movement: by site key, (n_units,) or the weight's shape, float32: -Σ w dL/dw over the optimizer's steps, see
             `hf_prune.training.movement`; 0 for what has left.
+        routed_shares: by site key, (n_units,): share of tokens that are sent to each expert.
+        routed_norms: by site key, (n_units,): mean over the tokens sent to an expert of its weight times |expert(x)|.
         n_samples: samples seen.
         n_labels: label tokens (or samples with a label) that the loss L, a sum, was divided by; 0 without gradients.
     """
@@ -55,6 +61,8 @@ class Statistics:
     squared_gate_gradients: dict[str, Tensor] = field(default_factory=dict)
     weight_gradients: dict[str, Tensor] = field(default_factory=dict)
     movement: dict[str, Tensor] = field(default_factory=dict)
+    routed_shares: dict[str, Tensor] = field(default_factory=dict)
+    routed_norms: dict[str, Tensor] = field(default_factory=dict)
     n_samples: int = 0
     n_labels: int = 0
 

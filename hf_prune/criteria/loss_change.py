@@ -20,6 +20,7 @@ from hf_prune.criteria.base import no_weights
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.structure import stacks_of
 from hf_prune.structure.naming import is_within
+from hf_prune.structure.routing import KeptExperts
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -195,8 +196,16 @@ def _of_units(model: nn.Module, site: Site, batches: Sequence[Batch], chain: Cha
 
 @contextmanager
 def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[None]:
-    """Inside, what the output projections read of `units` is zero; of parts, what they write."""
+    """Inside, what the output projections read of `units` is zero; of parts, what they write; of experts, none is chosen."""
     with ExitStack() as hooks:
+        if site.target == "experts":
+            keep = torch.ones(site.n_units, dtype=torch.bool).index_fill_(
+                0, torch.tensor(list(units), dtype=torch.long), False
+            )
+            router = model.get_submodule(site.router)
+            hooks.callback(router.register_forward_hook(KeptExperts(site, keep), with_kwargs=True).remove)
+        elif site.holder:
+            hooks.enter_context(_zeroed(model, site, units))
         for branch in (site.branches[unit] for unit in units if site.branches):
             silence = model.get_submodule(branch.output).register_forward_hook(
                 lambda m, a, output: torch.zeros_like(output)
@@ -213,6 +222,24 @@ def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[Non
 
             hooks.callback(model.get_submodule(read.module).register_forward_pre_hook(zero).remove)
         yield
+
+
+@contextmanager
+def _zeroed(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[None]:
+    """Inside, the entries that read `units` are zeros: where they are read no hook reaches."""
+    reading = [piece for piece in site.slices if not piece.writes]
+    index = [piece.index(torch.tensor(list(units), dtype=torch.long)) for piece in reading]
+    tensors = [model.get_parameter(piece.name).data for piece in reading]
+    before = [
+        tensor.index_select(p.dim, i.to(tensor.device)) for tensor, p, i in zip(tensors, reading, index, strict=True)
+    ]
+    try:
+        for tensor, piece, entries in zip(tensors, reading, index, strict=True):
+            tensor.index_fill_(piece.dim, entries.to(tensor.device), 0)
+        yield
+    finally:
+        for tensor, piece, entries, values in zip(tensors, reading, index, before, strict=True):
+            tensor.index_copy_(piece.dim, entries.to(tensor.device), values)
 
 
 def _block_of(site: Site, blocks: Sequence[str]) -> str | None:

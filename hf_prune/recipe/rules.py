@@ -57,20 +57,20 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "sparsity", _WHY_NOT[type(sparsity)]
         for key, default in OF_UNITS.items():
             if key in step and step[key] != default:
-                yield key, f"{key} is for layers, heads and neurons, not single weights; drop it"
+                yield key, f"{key} is for layers, heads, neurons and experts, not single weights; drop it"
     elif isinstance(target, str):
         if step.get("pattern") is not None:
             yield "pattern", f"pattern is for target weights, not {target}"
         if scope == "output":
             yield "scope", f"scope output is for target weights, not {target}; use layer or global"
         if isinstance(step.get("remove"), (list, tuple)) and target != "layers":
-            yield "remove", 'remove of heads or neurons says where: {"*.layer.0.*": [1, 4]}'
+            yield "remove", 'remove of heads, neurons or experts says where: {"*.layer.0.*": [1, 4]}'
     is_part = step.get("part") in PARTS
     if is_part and isinstance(target, str) and target in EVERY_TARGET - {"layers"}:
         yield "part", f"part {step['part']} is for target layers, not {target}"
     if step.get("uniform") is True and target != "weights":
         if target == "layers":
-            yield "uniform", "uniform is for heads and neurons; layers are of one size already"
+            yield "uniform", "uniform is for heads, neurons and experts; layers are of one size already"
         if scope == "global":
             yield "uniform", "uniform asks for equal sites and scope global lets them differ; drop one"
         if given and given != ["sparsity"]:
@@ -182,7 +182,7 @@ def step_schema() -> dict[str, Any]:
                 "else": _where(pattern={"type": "null"}, scope={"not": {"const": "output"}}),
             },
             {
-                "if": _is("target", {"enum": ["ffn_neurons", "attention_heads"]}),
+                "if": _is("target", {"enum": ["ffn_neurons", "attention_heads", "experts"]}),
                 "then": _where(remove={"not": {"type": "array"}}),
             },
             {

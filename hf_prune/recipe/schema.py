@@ -29,7 +29,7 @@ from hf_prune.recipe.training import REFUSED, SAID_ELSEWHERE
 from hf_prune.recipe.vocabulary import CRITERIA
 
 
-Target = Literal["weights", "ffn_neurons", "attention_heads", "layers"]
+Target = Literal["weights", "ffn_neurons", "attention_heads", "layers", "experts"]
 # the keys are those of the installed Transformers, which JSON Schema can't say; `training_mistakes` checks them
 TrainingField = Annotated[
     dict[str, Any] | None,

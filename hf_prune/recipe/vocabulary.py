@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 
-EVERY_TARGET = frozenset({"weights", "ffn_neurons", "attention_heads", "layers"})
+EVERY_TARGET = frozenset({"weights", "ffn_neurons", "attention_heads", "layers", "experts"})
 UNITS = EVERY_TARGET - {"weights"}
 
 
@@ -34,12 +34,12 @@ CRITERIA = {
     "l1": CriterionEntry("magnitude", "L1", same_unit=True),
     "l2": CriterionEntry("magnitude", "L2", same_unit=True),
     "random": CriterionEntry("random", "Random", options={"seed": "integer"}),
-    "gradient": CriterionEntry("gradient", "Gradient"),
-    "taylor": CriterionEntry("taylor", "Taylor"),
+    "gradient": CriterionEntry("gradient", "Gradient", targets=EVERY_TARGET - {"experts"}),
+    "taylor": CriterionEntry("taylor", "Taylor", targets=EVERY_TARGET - {"experts"}),
     "activation": CriterionEntry("activation", "Activation", targets=UNITS),
-    "fluctuation": CriterionEntry("fluctuation", "Fluctuation", targets=UNITS - {"layers"}),
+    "fluctuation": CriterionEntry("fluctuation", "Fluctuation", targets=UNITS - {"layers", "experts"}),
     "apoz": CriterionEntry("apoz", "Apoz", targets=frozenset({"ffn_neurons"})),
-    "fisher": CriterionEntry("fisher", "Fisher", targets=UNITS),
+    "fisher": CriterionEntry("fisher", "Fisher", targets=UNITS - {"experts"}),
     "loss_change": CriterionEntry(
         "loss_change",
         "LossChange",
@@ -47,6 +47,7 @@ CRITERIA = {
         options={"greedy": "boolean", "samples": "integer"},
         is_greedy=True,
     ),
+    "routing": CriterionEntry("routing", "Routing", targets=frozenset({"experts"})),
     "block_influence": CriterionEntry("block_influence", "BlockInfluence", targets=frozenset({"layers"})),
     "angular": CriterionEntry("angular", "Angular", targets=frozenset({"layers"}), is_greedy=True, of_parts=False),
     "wanda": CriterionEntry("wanda", "Wanda", targets=frozenset({"weights"}), scope="output"),
@@ -72,8 +73,10 @@ CRITERIA = {
         is_greedy=True,
     ),
     "combined": CriterionEntry("combined", "Combined", options={"of": "criteria"}, required=frozenset({"of"})),
-    "movement": CriterionEntry("movement", "Movement", targets=EVERY_TARGET - {"layers"}),
-    "soft_movement": CriterionEntry("movement", "SoftMovement", targets=EVERY_TARGET - {"layers"}, by_threshold=True),
+    "movement": CriterionEntry("movement", "Movement", targets=EVERY_TARGET - {"layers", "experts"}),
+    "soft_movement": CriterionEntry(
+        "movement", "SoftMovement", targets=EVERY_TARGET - {"layers", "experts"}, by_threshold=True
+    ),
 }
 # those that score each unit or weight of a site by itself, whatever happens to the others
 COMBINABLE = [
@@ -93,7 +96,7 @@ class CompensationEntry(NamedTuple):
 
 COMPENSATIONS = {
     "bias": CompensationEntry(frozenset({"ffn_neurons", "attention_heads"}), options={"add": "boolean"}),
-    "least_squares": CompensationEntry(UNITS, options={"add": "boolean"}),
+    "least_squares": CompensationEntry(UNITS - {"experts"}, options={"add": "boolean"}),
     "linear": CompensationEntry(frozenset({"layers"}), of_parts=False),
 }
 

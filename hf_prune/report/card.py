@@ -39,6 +39,7 @@ _UNITS = {
     "layers.feed_forward": "feed-forward part",
     "attention_heads": "attention head",
     "ffn_neurons": "feed-forward neuron",
+    "experts": "expert",
 }
 
 

@@ -17,9 +17,9 @@ from hf_prune.calibration import Statistics, collect
 from hf_prune.calibration.batches import Batch, dealt, n_samples, take
 from hf_prune.calibration.behind import loss_behind, loss_of, mean_losses, through
 from hf_prune.calibration.blocks import Chain, record_chain
-from hf_prune.calibration.collect import evaluation
+from hf_prune.calibration.collect import evaluation, is_stacked
 from hf_prune.calibration.loss import with_labels
-from hf_prune.calibration.statistics import NEEDS_OF_TRAINING
+from hf_prune.calibration.statistics import NEEDS_OF_READS, NEEDS_OF_TRAINING
 from hf_prune.criteria import get as get_criterion
 from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits, RemovesUnits
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
@@ -37,6 +37,7 @@ CRITERIA = {
     "layers": "block_influence",
     "attention_heads": "activation",
     "ffn_neurons": "activation",
+    "experts": "activation",
     "weights": "wanda",
 }
 
@@ -131,6 +132,8 @@ class _Run:
         else:
             kind = steps[0].target
             sites = require_sites(self.structure, kind) if required else self.structure.of(kind)
+            if not required and scorer.needs(kind) & NEEDS_OF_READS:
+                sites = [site for site in sites if not is_stacked(site)]
         if sites:
             self.steps[target], self.criteria[target] = steps, scorer
             self.sites += sites

@@ -141,6 +141,7 @@ def _experts(names: ModuleNames, name: str) -> Site:
         holder=name,
         router=router_name,
         buffers=tuple(buffers),
+        n_least=2 if re.search(r"\.topk\(2\b", forward_of(router)) else 1,
     )
 
 

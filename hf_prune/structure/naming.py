@@ -105,6 +105,13 @@ def d_in(module: nn.Module) -> int:
     return weight_of(module).shape[0 if isinstance(module, Conv1D) else 1]
 
 
+def parents(name: str) -> Iterator[str]:
+    """The names of the modules around `name`, the model's own (empty) last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def is_within(name: str, module: str) -> bool:
     """Whether `name` is the module or inside of it."""
     return f"{name}.".startswith(f"{module}.")

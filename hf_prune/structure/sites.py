@@ -138,6 +138,8 @@ class Site:
     holder: str = ""
     router: str = ""
     buffers: tuple[TensorSlice, ...] = ()
+    # a router that ranks its experts by groups compares the best two
+    n_least: int = 1
 
     @property
     def kind(self) -> str:

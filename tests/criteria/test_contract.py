@@ -32,7 +32,13 @@ def labelled(name, n_batches=2, size=2, padded=False):
 
 # what a criterion without defaults is tried with; of any target
 OPTIONS = {"combined": {"of": {"l2": 0.7, "taylor": {"weight": 0.3}}}}
-CASES = [(criterion, target) for criterion, entry in CRITERIA.items() for target in sorted(entry.targets)]
+OF_EXPERTS = {"combined": {"of": {"l2": 0.7, "routing": {"weight": 0.3}}}}
+CASES = [
+    (criterion, target, name)
+    for criterion, entry in CRITERIA.items()
+    for target in sorted(entry.targets)
+    for name in (["mixtral"] if target == "experts" else ["bert", "llama", "gpt2"])
+]
 
 
 @pytest.mark.parametrize(("name", "entry"), CRITERIA.items())
@@ -76,13 +82,12 @@ def trained(sites):
     return Statistics(movement={key: torch.randn(shape, generator=generator) for key, shape in shapes.items()})
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize(("criterion", "target"), CASES)
+@pytest.mark.parametrize(("criterion", "target", "name"), CASES)
 def test_scores_are_finite_float32_and_deterministic(criterion, target, name):
     model = zoo.build(name)
     structure = inspect_model(model)
     sites = structure.weights if target == "weights" else structure.of(target)
-    scorer = get(criterion, OPTIONS.get(criterion))
+    scorer = get(criterion, (OF_EXPERTS if target == "experts" else OPTIONS).get(criterion))
     needs = scorer.needs(target)
 
     def scores():

@@ -21,7 +21,7 @@ from tests.docs.pages import ROOT, blocks, sections, table
 PAGE, EXTENDING = ROOT / "docs" / "criteria.md", ROOT / "docs" / "extending.md"
 NEEDS = {
     "nothing": set(),
-    "inputs": {"squared_inputs", "mean_inputs", "firing", "squared_updates", "turns"},
+    "inputs": {"squared_inputs", "mean_inputs", "firing", "squared_updates", "turns", "routed_shares", "routed_norms"},
     "inputs and a loss": NEEDS_OF_GRADIENTS,
     "training": NEEDS_OF_TRAINING,
 }

@@ -11,7 +11,7 @@ from hf_prune.recipe.vocabulary import CRITERIA
 from hf_prune.recipe.yaml import read_yaml
 
 
-UNIT_TARGETS = ("ffn_neurons", "attention_heads", "layers")
+UNIT_TARGETS = ("ffn_neurons", "attention_heads", "layers", "experts")
 AMOUNTS: dict[str, list[Any]] = {
     "sparsity": [0, 0.5, {"parameters": 0.2}, {"macs": 0.2}],
     "threshold": [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.structure import Site
+from hf_prune.structure.sites import Site
 
 
 class KeptExperts:
