@@ -86,14 +86,15 @@ def _writing_card(stock: Any) -> Any:
     @functools.wraps(stock)
     def create_model_card(self: Trainer, *args: Any, **kwargs: Any) -> None:
         from hf_prune.checkpoint.saving import ARTIFACTS
-        from hf_prune.report.card import for_repository
+        from hf_prune.hub.push import card_for
         from hf_prune.training.pruner import unwrap
 
         card = (unwrap(self.model).__dict__.get(ARTIFACTS) or {}).get("README.md")
         if card is None:
             stock(self, *args, **kwargs)
         elif self.is_world_process_zero():
-            card = for_repository(card, self.hub_model_id) if self.hub_model_id else card
+            if self.args.push_to_hub and self.hub_model_id:
+                card = card_for(card, self.hub_model_id, token=self.args.hub_token, revision=self.args.hub_revision)
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     create_model_card._hf_prune = True  # type: ignore[attr-defined]

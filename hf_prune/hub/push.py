@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
 # `HTTPError` is the base of the HTTP library's errors (httpx, later httpx2), which the hub re-exports by importing it.
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from hf_prune.errors import CheckpointError, PruneError
-from hf_prune.report.card import for_repository
+from hf_prune.report import PruningReport
+from hf_prune.report.card import for_repository, with_picture
+from hf_prune.report.picture import FILE_NAME, draw, kept_grids
+from hf_prune.report.sections import merge
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ LEFT_OUT = (
     "*.incomplete",
     "*.lock",
 )
+CARD, REPORT = "README.md", "pruning_report.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The weight files that `from_pretrained` looks for in a repository.
 LOADABLE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -132,7 +138,17 @@ def send(
             )
         there = {sibling.rfilename for sibling in remote.siblings or []}
         stale = sorted(name for name in there.difference(paths) if LOADABLE.fullmatch(name))
-        additions = [CommitOperationAdd(name, _content(folder / name, repo.repo_id)) for name in paths]
+        picture = _picture(folder, paths)
+        additions: list[CommitOperationAdd] = []
+        for name in paths:
+            content: Path | bytes = folder / name
+            if name == CARD:
+                # the examples name the repository, and what a person wrote there stays
+                text = for_repository((folder / name).read_text(encoding="utf-8"), repo.repo_id)
+                text = with_picture(text) if picture else text
+                content = merge(text, _card_there(api, repo.repo_id, remote.sha) if CARD in there else "").encode()
+            additions.append(CommitOperationAdd(name, content))
+        additions += [CommitOperationAdd(FILE_NAME, picture)] if picture else []
         return api.create_commit(
             repo.repo_id,
             [*additions, *(CommitOperationDelete(name) for name in stale)],
@@ -146,9 +162,36 @@ def send(
         raise explained(error, str(folder), repo_id, token) from error
 
 
-def _content(path: Path, repo_id: str) -> Path | bytes:
-    """The file; of the card a copy whose examples name the repository."""
-    return for_repository(path.read_text(encoding="utf-8"), repo_id).encode() if path.name == "README.md" else path
+def card_for(card: str, repo_id: str, *, token: str | None = None, revision: str | None = None) -> str:
+    """The card as it goes to a repository: with what a person wrote into the one that is there.
+
+    Raises:
+        PruneError: the Hub can't be reached or refuses.
+    """
+    try:
+        return merge(for_repository(card, repo_id), _card_there(HfApi(token=token), repo_id, revision))
+    except (HTTPError, OSError) as error:
+        raise explained(error, "the card", repo_id, token) from error
+
+
+def _card_there(api: HfApi, repo_id: str, revision: str | None) -> str:
+    """The card of a repository; empty where there is none, or no such branch yet."""
+    try:
+        return Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return ""
+
+
+def _picture(folder: Path, paths: Sequence[str]) -> bytes | None:
+    """What left, drawn; None without Matplotlib, without a report, or with a picture in the folder."""
+    if REPORT not in paths or FILE_NAME in paths or find_spec("matplotlib") is None:
+        return None
+    content = PruningReport.from_json(folder / REPORT).to_dict()
+    if not kept_grids(content):
+        return None
+    file = io.BytesIO()
+    draw(content, file)
+    return file.getvalue()
 
 
 def files_to_push(folder: Path) -> Iterator[str]:

@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_prune.report import sections
+from hf_prune.report.picture import FILE_NAME
 from hf_prune.report.table import (
     dense_words,
     difference,
@@ -95,12 +97,19 @@ def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | N
         limits=_limits(report),
         versions=", ".join(f"{package} {version}" for package, version in (report.get("versions") or {}).items()),
     )
-    return str(ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"))
+    return sections.mark(str(ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")))
 
 
 def for_repository(card: str, repo_id: str) -> str:
     """The card with examples that load from `repo_id`, where they named no repository yet."""
-    return card.replace(f'from_pretrained("{_NO_REPOSITORY}"', f'from_pretrained("{repo_id}"')
+    named = f'from_pretrained("{repo_id}"'
+    return sections.change(card, lambda text: text.replace(f'from_pretrained("{_NO_REPOSITORY}"', named))
+
+
+def with_picture(card: str) -> str:
+    """The card with the picture that lies beside it, behind what left."""
+    text = f"## Picture\n\n![The share kept of each target, layer by layer]({FILE_NAME})\n"
+    return sections.add(card, "picture", text, after="what-left")
 
 
 def _card_data(
@@ -122,7 +131,7 @@ def _card_data(
 def _eval_results(
     report: dict[str, Any], fields: dict[str, Any], dataset: Mapping[str, Any] | None
 ) -> list[EvalResult]:
-    """The pruned model's metrics for the header; none without a task and a dataset, which the Hub insists on."""
+    """The metrics for the header, the pruned model's and beside them the dense one's; none without a task and a dataset, which the Hub insists on."""
     task = fields.get("pipeline_tag") or ((report.get("recipe") or {}).get("model") or {}).get("task")
     if not task or not dataset or not dataset.get("type"):
         return []
@@ -135,11 +144,12 @@ def _eval_results(
             dataset_split=dataset.get("split"),
             dataset_revision=dataset.get("revision"),
             metric_type=metric,
-            metric_name=metric,
-            metric_value=pruned,
+            metric_name=name,
+            metric_value=value,
         )
-        for metric, _, pruned in _metrics(report)
-        if pruned is not None
+        for metric, dense, pruned in _metrics(report)
+        for name, value in ((metric, pruned), (f"{metric} of the dense model", dense))
+        if pruned is not None and value is not None
     ]
 
 

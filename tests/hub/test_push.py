@@ -22,7 +22,7 @@ from tests.hub_metadata import check_card
 
 REPO = "ada/small"
 HELD = ".gitattributes"  # what a new repository holds
-SAVED = FILES | {"modeling_hf_prune.py"}
+SAVED = FILES | {"modeling_hf_prune.py", "pruning.png"}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_model_pushes_itself(model, hub, api, tmp_path):
 def test_a_stock_result_is_pushed_without_a_trace_of_us_in_its_config(hub, api, tmp_path):
     model = pruned(STOCK, "llama")
     model.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id=REPO)
-    assert set(api.list_repo_files(REPO)) - {HELD} == FILES | {"generation_config.json"}
+    assert set(api.list_repo_files(REPO)) - {HELD} == FILES | {"generation_config.json", "pruning.png"}
     config = json.loads(Path(api.hf_hub_download(REPO, "config.json")).read_text())
     assert not {"hf_prune", "auto_map"} & config.keys()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(REPO)), logits(model))
