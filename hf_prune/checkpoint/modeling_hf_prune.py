@@ -28,6 +28,10 @@ Returns = str | list[str | None]  # a tensor, or a tuple of them: zeros, an argu
 class ManifestError(ValueError):
     """The manifest is damaged, hostile, made for another model, or newer than this file reads."""
 
+    def __init__(self, problem: str, remedy: str = "download the checkpoint again, or save it again from its model"):
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
+
 
 class ConfigView:
     """A module's own view of the shared config: a few numbers differ, all else is the config's, now and later."""
@@ -133,16 +137,17 @@ def resize_(model: nn.Module, manifest: Any) -> None:
     """Give the modules named in `manifest` their kept sizes, with empty tensors, before weights are loaded.
 
     Everything is checked against the modules as the config built them before anything is allocated: sizes can only
-    be smaller, and all that is new is a bias of a linear layer. Called for a model of which only a part is there (the base of a task model), it resizes that part;
-    called twice, it does nothing the second time.
+    be smaller, and all that is new is a bias of a linear layer. Called for a model of which only a part is there (the base of
+    a task model), it resizes that part; called twice, it does nothing the second time.
 
     Raises:
         ManifestError: the message names what is wrong.
     """
     _check_top(manifest)
+    _check_architecture(model, manifest["class"])
     own = dict(model.named_modules())
     prefix = manifest["base_model_prefix"]
-    entries = []
+    entries: list[tuple[str, nn.Module, Any]] = []
     for name, entry in manifest["modules"].items():
         # the name as saved, or, where this is the base model of the class that was saved, without its prefix
         here = name if name in own or not prefix else name.removeprefix(f"{prefix}.")
@@ -169,7 +174,8 @@ def _check_top(manifest: Any) -> None:
     if version > MANIFEST_VERSION:
         raise ManifestError(
             f"the checkpoint has manifest version {_short(version)}; this reads up to {MANIFEST_VERSION}. "
-            "It was written by a newer hf_prune: upgrade hf_prune."
+            "It was written by a newer hf_prune",
+            "upgrade hf_prune",
         )
     for key, kind in (("class", str), ("base_model_prefix", str), ("modules", dict)):
         if not isinstance(manifest.get(key), kind):
@@ -177,6 +183,23 @@ def _check_top(manifest: Any) -> None:
     unknown = manifest.keys() - {"version", "class", "base_model_prefix", "modules"}
     if unknown:
         raise ManifestError(f"config.hf_prune has unknown keys: {_short(sorted(unknown, key=str))}")
+
+
+def _check_architecture(model: Any, name: str) -> None:
+    """Whether class `name` of Transformers is one of the model's type. Only names are compared: nothing is imported by them."""
+    from transformers.models.auto import configuration_auto, modeling_auto  # not while Transformers is being imported
+
+    found = model.config.model_type
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    types = {
+        known
+        for table in tables
+        for known, names in table.items()
+        if name in ((names,) if type(names) is str else names)
+    }
+    # towers are known under the name that theirs begins with: class MusicgenModel, type musicgen_decoder
+    if types and found in configuration_auto.CONFIG_MAPPING_NAMES and not any(map(found.startswith, types)):
+        raise ManifestError(f"the manifest is of a {_name(name)}; expected a class of model_type {found!r}")
 
 
 def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
@@ -191,14 +214,16 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
         if not isinstance(part, dict):
             raise ManifestError(f"the manifest's entry for {name!r} holds a {type(part).__name__}, not a mapping")
     tensors = entry.get("tensors", {})
+    temporary = module._non_persistent_buffers_set
+    saved = {**module._parameters, **{key: of for key, of in module._buffers.items() if key not in temporary}}
     adds_bias = "bias" in tensors and isinstance(module, nn.Linear) and module.bias is None
     for tensor, shape in tensors.items():
-        built = module._parameters.get(tensor, module._buffers.get(tensor))
+        built = saved.get(tensor)
         place = f"{name}.{_name(tensor)}"
         if tensor == "bias" and adds_bias:
             continue
         if built is None:
-            raise ManifestError(f"the manifest gives {place} a size, but the module has no such parameter")
+            raise ManifestError(f"the manifest gives {place} a size, but no such tensor of the module is saved")
         if not isinstance(shape, list) or len(shape) != built.dim() or not all(_is_count(size) for size in shape):
             raise ManifestError(f"{place} has size {_short(shape)}; expected {built.dim()} positive integers")
         if any(size > whole for size, whole in zip(shape, built.shape, strict=True)):
@@ -221,10 +246,16 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
                 f"{name}.{_name(attribute)} is {_short(value)}; expected a number in place of {_short(built_value)}, "
                 "of its kind, not negative, and if it counts something no larger"
             )
+    if isinstance(module, nn.Embedding) and (module.padding_idx or 0) >= tensors.get("weight", module.weight.shape)[0]:
+        raise ManifestError(
+            f"{name}.weight has size {_short(tensors['weight'])}, without row {module.padding_idx} of padding"
+        )
+    if entry.get("config") and isinstance(module, transformers.PreTrainedModel):
+        raise ManifestError(
+            f"the manifest gives {_name(name)!r} a config of its own; expected that of a part of a model"
+        )
     for field, value in entry.get("config", {}).items():
-        shared = getattr(getattr(module, "config", None), field, None)
-        if isinstance(getattr(module, "config", None), ConfigView):
-            shared = getattr(module.config.__dict__["_config"], field, None)
+        shared = _shared(module, field)
         if type(shared) is not int or not _is_count(value) or value > shared:
             raise ManifestError(
                 f"{name}.config.{_name(field)} is {_short(value)}; expected a positive integer, at most the "
@@ -232,10 +263,20 @@ def _check_entry(name: str, module: nn.Module, entry: Any) -> None:
             )
 
 
+def _shared(module: nn.Module, field: str) -> Any:
+    """What the config that all modules share says; None of what it refuses to say."""
+    config = getattr(module, "config", None)
+    try:
+        return getattr(config.__dict__["_config"] if isinstance(config, ConfigView) else config, field, None)
+    except Exception:  # fields that are gone, or differ by layer, have errors of any kind
+        return None
+
+
 def _check_absent(name: str, module: nn.Module, returns: Any) -> None:
-    if not name or (absent_returns(module) is None and next(module.parameters(), None) is None):
+    is_in_a_block = any(part.isdigit() for part in name.split(".")[:-1])
+    if not is_in_a_block or (absent_returns(module) is None and next(module.parameters(), None) is None):
         raise ManifestError(
-            f"the manifest says that {_name(name)!r} has left, which holds no parameter or all of them"
+            f"the manifest says that {_name(name)!r} has left, which holds no parameter or is no part of a block"
         )
     known = (ZEROS, *argument_names(module))
     each = returns if isinstance(returns, list) and 0 < len(returns) <= 16 else [returns]

@@ -177,7 +177,9 @@ def _prove(built: nn.Module, manifest: Any, wanted: Mapping[str, Any], views: Se
     try:
         resize_(built, manifest)
     except ManifestError as error:
-        raise UnsupportedModelError(f"the model as it is can't be saved so that it loads again: {error}") from error
+        raise UnsupportedModelError(
+            f"the model as it is can't be saved so that it loads again: {error.problem}"
+        ) from error
     if names := differing(wanted, sizes(built, views)):
         raise UnsupportedModelError(
             f"the model as it is can't be saved so that it loads again: {names[0]} and {len(names) - 1} more differ from "

@@ -229,7 +229,7 @@ def test_a_bad_manifest_is_refused(damage, message, tmp_path):
         ("bert.encoder.layer.1.attention.self", ["zeros"] * 99, "expected what its call gives"),
         ("bert.encoder.layer.1.attention.self", 1, "expected what its call gives"),
         ("bert.encoder.layer.1.output.dropout", "zeros", "holds no parameter"),
-        ("", "zeros", "or all of them"),
+        ("", "zeros", "or is no part of a block"),
     ],
 )
 def test_a_bad_absence_is_refused(module, returns, message, tmp_path):
