@@ -1,0 +1,154 @@
+"""Inputs for any model: each argument of `forward` by its name, images and sounds at the places of the text they take."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .shrinking import FIRST_WORD, WORDS
+
+
+BATCH = 2
+LENGTH = 12
+
+
+class Draw:
+    """Random inputs from one generator, and the sizes that the config and its sub-configs name."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self.model = model
+        self.generator = torch.Generator().manual_seed(seed)
+        self.configs = list(_configs(model.config))
+
+    def size(self, *names: str, default: int = 0) -> Any:
+        """The first of these fields that the config, or a sub-config, has."""
+        for name in names:
+            for config in self.configs:
+                value = config.__dict__.get(name, config.__dict__.get(config.attribute_map.get(name, ""), None))
+                if value is not None and not isinstance(value, bool):
+                    return value
+        return default
+
+    def ids(self, *shape: int, low: int = FIRST_WORD, high: int = WORDS) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def floats(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+
+def _configs(config: Any) -> Any:
+    yield config
+    for value in list(config.__dict__.values()):
+        if hasattr(value, "attribute_map"):
+            yield from _configs(value)
+
+
+def _pair(value: Any, default: int) -> tuple[int, int]:
+    if isinstance(value, Mapping):
+        return value.get("height", default), value.get("width", default)
+    if isinstance(value, (list, tuple)):
+        return (value[0], value[-1])
+    return (value or default,) * 2
+
+
+def _pixels(draw: Draw) -> torch.Tensor:
+    height, width = _pair(draw.size("image_size", "img_size"), 32)
+    return draw.floats(BATCH, draw.size("num_channels", "in_channels", "in_chans", default=3), height, width)
+
+
+def _patches(draw: Draw, temporal: int) -> torch.Tensor:
+    """Flattened patches of `BATCH` images of 4 × 4 patches."""
+    patch, channels = (
+        draw.size("patch_size", default=8),
+        draw.size("in_channels", "in_chans", "num_channels", default=3),
+    )
+    return draw.floats(BATCH * 16, (channels if isinstance(channels, int) else 3) * temporal * patch**2)
+
+
+def _video(draw: Draw) -> torch.Tensor:
+    frames = draw.size("num_frames", "frames_per_clip", default=4)
+    return torch.stack([_pixels(draw) for _ in range(frames)], dim=1)
+
+
+def _features(draw: Draw) -> torch.Tensor:
+    """Mel frames: channels first where the model says how many positions it has, else time first."""
+    bins = draw.size("num_mel_bins", "n_mels", "feature_size", "input_feat_per_channel", "input_dim", default=16)
+    positions = draw.size("max_source_positions")
+    if positions and draw.size("num_mel_bins"):
+        return draw.floats(BATCH, bins, 2 * positions)
+    return draw.floats(BATCH, 64, bins)
+
+
+Make = Callable[[Draw], Any]
+# Argument of `forward` -> how to make it. Those of `ALWAYS` are given wherever `forward` has them, others if they are
+# required, or if a type's entry names them.
+MAKERS: dict[str, Make] = {
+    "input_ids": lambda d: d.ids(BATCH, LENGTH),
+    "decoder_input_ids": lambda d: d.ids(BATCH, 7),
+    "attention_mask": lambda d: torch.ones(BATCH, LENGTH, dtype=torch.long),
+    "bbox": lambda d: d.ids(BATCH, LENGTH, 2, low=0, high=9).repeat(1, 1, 2).cumsum(-1),
+    "pixel_values": _pixels,
+    "pixel_values_videos": _video,
+    "input_features": _features,
+    "input_values": lambda d: d.floats(BATCH, 4000),
+    "inputs": lambda d: d.floats(BATCH, LENGTH, d.size("d_model", "hidden_size")),
+    "past_values": lambda d: d.floats(
+        BATCH, d.size("context_length", default=32), d.size("num_input_channels", default=1)
+    ),
+    "pixel_mask": lambda d: torch.ones(BATCH, *_pair(d.size("image_size"), 32), dtype=torch.long),
+}  # fmt: skip
+ALWAYS = ("input_ids", "decoder_input_ids", "bbox", "pixel_values", "input_features", "input_values", "past_values")
+# Which of a model's own methods counts the places that an input takes in the text, and the config fields of its token.
+PLACES = (
+    ("get_image_features", ("pixel_values", "image_grid_thw", "image_sizes"), ("image_token_id", "image_token_index")),
+    ("get_audio_features", ("input_features",), ("audio_token_id", "audio_token_index")),
+)  # fmt: skip
+
+
+def make_inputs(model: PreTrainedModel, changes: Mapping[str, Make | None], seed: int) -> dict[str, Any]:
+    """Keyword arguments of `forward`; `changes` gives makers of this type's own, None leaves an argument out."""
+    draw = Draw(model, seed)
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name in parameters if name in ALWAYS or parameters[name].default is inspect.Parameter.empty]
+    names = [name for name in names if name not in changes and name in MAKERS]
+    made = {name: make(draw) for name, make in changes.items() if make is not None and name in parameters}
+    if "image_grid_thw" in parameters and "pixel_values" in names:
+        made["pixel_values"] = _patches(draw, draw.size("temporal_patch_size", default=1))
+        made["image_grid_thw"] = torch.tensor([[1, 4, 4]] * BATCH)
+        names.remove("pixel_values")
+    made |= {name: MAKERS[name](draw) for name in names}
+    if "input_ids" in made:
+        _place(draw, made, parameters)
+        if "attention_mask" in parameters and "attention_mask" not in changes:
+            made["attention_mask"] = torch.ones_like(made["input_ids"])
+    return made
+
+
+def _place(draw: Draw, made: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Puts as many image and audio tokens into the text as the model makes features of them."""
+    ids = made["input_ids"]
+    for method, needed, fields in PLACES:
+        features, token = getattr(draw.model, method, None), draw.size(*fields, default=-1)
+        if features is None or token < 0 or needed[0] not in made:
+            continue
+        takes = inspect.signature(features).parameters
+        with torch.no_grad():
+            found = features(**{name: made[name] for name in made if name in takes and name != "input_ids"})
+        count = _rows(found) // BATCH
+        ids = torch.cat([ids[:, :2], torch.full((BATCH, count), token), ids[:, 2:]], dim=1)
+        if "mm_token_type_ids" in parameters:
+            made["mm_token_type_ids"] = (ids == token).long()
+    made["input_ids"] = ids
+
+
+def _rows(found: Any) -> int:
+    """How many vectors a model's features are."""
+    pooled = getattr(found, "pooler_output", None)
+    found = pooled if pooled is not None else getattr(found, "last_hidden_state", found)
+    if isinstance(found, (list, tuple)):
+        return sum(map(_rows, found))
+    return found.numel() // found.shape[-1]

@@ -1,0 +1,86 @@
+"""A tiny random model of every model type that Transformers' Auto classes know, with inputs, without a network."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .corrections import CONFIGS, FIRST, INPUTS
+from .inputs import make_inputs
+from .shrinking import shrunken
+
+
+REASONS: dict[str, str] = json.loads((Path(__file__).parent / "reasons.json").read_text())
+# The class that shows most of a model comes first: one that generates, then one that has a loss.
+HEADS = (
+    "ImageTextToText", "MultimodalLM", "CausalLM", "SpeechSeq2Seq", "Seq2SeqLM", "MaskedLM", "SequenceClassification",
+    "ImageClassification", "CTC", "RNNT", "TDT", "AudioClassification", "TokenClassification", "QuestionAnswering",
+    "UniversalSegmentation", "InstanceSegmentation", "SemanticSegmentation", "ImageSegmentation", "ObjectDetection",
+    "ZeroShotObjectDetection", "VideoClassification", "DepthEstimation", "TimeSeriesPrediction", "PreTraining",
+)  # fmt: skip
+
+
+class NotBuildable(Exception):
+    """This model type can't be made here; the message says why."""
+
+
+@dataclass
+class Built:
+    model: PreTrainedModel  # float32, in evaluation mode
+    inputs: dict[str, Any]  # keyword arguments of its forward
+    model_type: str
+
+
+@cache
+def _known() -> dict[str, tuple[str, ...]]:
+    """Model type -> the Auto classes that know it."""
+    known: dict[str, list[str]] = {}
+    for name in dir(transformers):
+        auto = getattr(transformers, name) if name.startswith("AutoModel") else None
+        mapping = getattr(auto, "_model_mapping", None)
+        for model_type in () if mapping is None else mapping._model_mapping:
+            known.setdefault(model_type, []).append(name)
+    return {model_type: tuple(names) for model_type, names in known.items()}
+
+
+def model_types() -> list[str]:
+    """Every model type of AutoModel and of the Auto classes with a head."""
+    return sorted(_known())
+
+
+def base_types() -> list[str]:
+    """Those that AutoModel itself knows."""
+    return sorted(modeling_auto.MODEL_MAPPING_NAMES)
+
+
+def auto_class(model_type: str) -> type:
+    """The Auto class that shows most of a model of this type."""
+    known = _known()[model_type]
+    heads = [name for head in HEADS if (name := f"AutoModelFor{head}") in known]
+    return getattr(transformers, (heads or ["AutoModel"] if "AutoModel" in known else heads or list(known))[0])
+
+
+def build(model_type: str, auto: type | None = None, seed: int = 0) -> Built:
+    """A tiny model of this type with random weights, large enough that every part shows in its output, and inputs."""
+    if model_type in REASONS:
+        raise NotBuildable(f"{model_type}: {REASONS[model_type]}")
+    config = shrunken(CONFIG_MAPPING[model_type](**FIRST.get(model_type, {})), CONFIGS.get(model_type, {}), {})
+    config.architectures = config.architectures or []  # None where a type has several classes is iterated over
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = (auto or auto_class(model_type)).from_config(config)
+        model = model.float().eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        inputs = make_inputs(model, INPUTS.get(model_type, {}), seed)
+    return Built(model, inputs, model_type)
