@@ -130,6 +130,8 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
+    if isinstance(schedule, Mapping) and schedule.get("rewind") is not None:
+        yield "schedule", "rewind is said once for all steps, in the recipe's own schedule"
 
 
 def _allocation_mistakes(step: Mapping[str, Any], given: list[str], is_n_m: bool) -> Iterator[tuple[str, str]]:
@@ -272,7 +274,7 @@ def step_schema() -> dict[str, Any]:
                 "if": _is("compensation", {"type": "object", **_is("add", {"const": True})}),
                 "then": _where(target={"not": {"const": "layers"}}),
             },
-            _where(schedule=_where(shrink={"const": "at_end"})),
+            _where(schedule=_where(shrink={"const": "at_end"}, rewind={"type": "null"})),
         ]
     }
 

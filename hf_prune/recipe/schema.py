@@ -49,7 +49,8 @@ class Schedule(Section):
     """When sparsity grows: `begin` and `end` are fractions of training, `updates` how often in between.
 
     one_shot prunes once at `begin`; constant asks for the final sparsity from `begin` on and chooses anew at each
-    update; linear and cubic (Zhu & Gupta 2017, equation 1) ramp up to it.
+    update; linear and cubic (Zhu & Gupta 2017, equation 1) ramp up to it. `rewind`: once the last update is made, what is kept
+    returns to the values that it had at this fraction of training (Frankle et al. 2020, arXiv 1912.05671).
     """
 
     name: Literal["one_shot", "linear", "cubic", "constant"] = "cubic"
@@ -57,6 +58,7 @@ class Schedule(Section):
     end: float = Field(0.6, ge=0, le=1)
     updates: Count = 20
     shrink: Literal["at_end", "never"] = "at_end"
+    rewind: float | None = Field(None, ge=0, le=1)
 
     @model_validator(mode="after")
     def _in_order(self) -> Schedule:
@@ -66,6 +68,31 @@ class Schedule(Section):
                 for name in ("begin", "end")
             ]
             raise ValueError(f"{said[0]} is after {said[1]}")
+        if self.rewind is not None and self.rewind > self.begin:
+            raise ValueError(f"rewind ({self.rewind}) is after begin ({self.begin}): it goes back to before pruning")
+        return self
+
+
+class Distillation(Section):
+    """What a teacher adds to the loss of training: (1 - `weight`) × task + `weight` × T² KL(teacher ‖ student) of the logits at
+    `temperature` T (Hinton et al. 2015, arXiv 1503.02531) + `hidden_states` × mean squared difference of the layers' outputs.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"required": ["weight"], "properties": {"weight": {"const": 0}}},
+            "then": {"required": ["hidden_states"], "properties": {"hidden_states": {"exclusiveMinimum": 0}}},
+        }
+    )
+
+    temperature: float = Field(2.0, gt=0)
+    weight: float = Field(0.5, ge=0, le=1)
+    hidden_states: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Distillation:
+        if not self.weight and not self.hidden_states:
+            raise ValueError("nothing is distilled: expected a weight or hidden_states above 0; else drop the section")
         return self
 
 
@@ -182,3 +209,4 @@ class RecipeDocument(Section):
     prune: tuple[Step, ...] = Field(min_length=1, strict=False)
     schedule: Schedule = Field(default_factory=Schedule)
     calibration: Calibration = Field(default_factory=Calibration)
+    distillation: Distillation | None = None

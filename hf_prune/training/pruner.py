@@ -27,12 +27,14 @@ from hf_prune.report.build import measure_totals
 from hf_prune.structure import inspect_model
 from hf_prune.structure.sites import kind_of
 from hf_prune.training.movement import Movement
+from hf_prune.training.rewinding import Rewinding
 from hf_prune.training.schedule import updates
 
 
 logger = logging.getLogger(__name__)
 
-_MOVEMENT = "movement|"  # what names in a state begin with; those of masks with a step's number
+# what names in a state begin with; those of masks with a step's number
+_MOVEMENT, _REWIND = "movement|", "rewind|"
 
 
 class Pruner:
@@ -59,6 +61,7 @@ class Pruner:
         recipe: a `Recipe`, a mapping, or a path to YAML.
         n_steps: optimizer steps of the whole training, of which the schedule's `begin` and `end` are fractions.
         calibration: keyword inputs of the model, or a function that gives them anew at every update.
+        distills: whether the loop adds the recipe's `distillation` to its loss; the pruner never sees the loss.
 
     Raises:
         RecipeError: the recipe can't be accepted.
@@ -72,6 +75,7 @@ class Pruner:
         *,
         n_steps: int,
         calibration: Batches | Callable[[], Batches] | None = None,
+        distills: bool = False,
     ):
         self.model = unwrap(model)
         # Accelerate's wrapper, if it is one, holds torch's optimizer and knows whether a step is accumulating only
@@ -79,6 +83,11 @@ class Pruner:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.recipe = Recipe.load(recipe)
         require_known_parameters(self.recipe)
+        if self.recipe.distillation is not None and not distills:
+            raise RecipeError(
+                "the recipe's `distillation` changes the loss, which only PruningTrainer and PruningMixin compute; take one of "
+                "them, or drop the section"
+            )
         self.calibration = calibration
         self.n_done = 0
         self.plan: PruningPlan | None = None
@@ -89,6 +98,7 @@ class Pruner:
         self._hooks: list[RemovableHandle] = []
         self._structure = inspect_model(self.model)
         self._movement = Movement(self.model, self._structure, self.recipe, self.optimizer)
+        self._rewinding = Rewinding(self.recipe, n_steps, self.model)
         with torch.random.fork_rng(devices=[]):
             batches, _ = verification_batches(self.model, self._batches(), "", at_most=1)
             self._dense = measure_totals(self.model, first_sample(batches))
@@ -106,7 +116,9 @@ class Pruner:
         self.n_done += 1
         if not any(self.n_done in of_step for of_step in self.updates):
             enforce_(self.model)
+            self._rewinding.look(self.n_done, self.model)
             return False
+        self._rewinding.look(self.n_done, self.model)
         started = time.perf_counter()
         self.plan = make_plan(
             self.model,
@@ -120,6 +132,8 @@ class Pruner:
         self._movement.forget(masks_of(self.model))
         self._watch_gradients()
         self._zero_moments()
+        if self.n_done == self.last_update:
+            self._rewinding.rewind_(self.model, self.optimizer)
         self.seconds += time.perf_counter() - started
         return True
 
@@ -173,14 +187,15 @@ class Pruner:
     # resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, recipe and plan: its masks, and the movement so far, in `tensors` by name, the rest plain data."""
+        """Step, recipe and plan: its masks, the movement so far and the weights to rewind to in `tensors` by name, the rest plain data."""
         plan = self.plan
         movement = {f"{_MOVEMENT}{key}": s.to("cpu", copy=True) for key, s in self._movement.sums.items()}
+        rewind = {f"{_REWIND}{name}": tensor for name, tensor in self._rewinding.kept.items()}
         return {
             "n_done": self.n_done,
             "recipe": self.recipe.to_dict(),
             "plan": plan.to_dict() if plan else None,
-            "tensors": (plan.mask_tensors() if plan else {}) | movement,
+            "tensors": (plan.mask_tensors() if plan else {}) | movement | rewind,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,9 +212,13 @@ class Pruner:
                 + "\nResume with the checkpoint's recipe, or start anew in another output directory."
             )
         self.n_done = int(state["n_done"])
-        tensors = {name: tensor for name, tensor in state["tensors"].items() if not name.startswith(_MOVEMENT)}
-        movement = {name: tensor for name, tensor in state["tensors"].items() if name.startswith(_MOVEMENT)}
-        self._movement.load({name.removeprefix(_MOVEMENT): tensor for name, tensor in movement.items()})
+        tensors = dict(state["tensors"])
+        movement, rewind = (
+            {name.removeprefix(kind): tensors.pop(name) for name in [*tensors] if name.startswith(kind)}
+            for kind in (_MOVEMENT, _REWIND)
+        )
+        self._movement.load(movement)
+        self._rewinding.load(rewind, self.model)
         if state["plan"] is None:
             return
         # without its replacements: those are in the weights, which were trained since

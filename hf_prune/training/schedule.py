@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from hf_prune.recipe import Schedule
+from hf_prune.recipe import Recipe, Schedule
+
+
+def first_step(recipe: Recipe, n_steps: int) -> int:
+    """The optimizer step where the earliest schedule of `recipe` begins: 0 is before the first."""
+    return min(round((step.schedule or recipe.schedule).begin * n_steps) for step in recipe.prune)
 
 
 def updates(schedule: Schedule, n_steps: int) -> dict[int, float]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from hf_prune.apply.masks import enforce_
+from hf_prune.apply.masks import enforce_, masks_of
 from hf_prune.calibration.batches import n_samples, take
 from hf_prune.checkpoint.renamed import load_renamed_
 from hf_prune.checkpoint.saving import add_side_files, is_pruned
@@ -23,7 +23,9 @@ from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.planning import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
+from hf_prune.training.distillation import Distiller, copy_of, save_teacher
 from hf_prune.training.pruner import Pruner, require_known_parameters, unwrap
+from hf_prune.training.schedule import first_step
 from hf_prune.training.state import load_state, save_state
 
 
@@ -46,10 +48,13 @@ class PruningMixin(_Base):
     Args:
         recipe: a `Recipe`, a mapping, or a path to YAML; None changes nothing at all.
         calibration_dataset: for criteria that look at data; else the first `calibration.samples` of the training set.
-        teacher_model: for distillation, which this version has not.
+        teacher_model: for the recipe's `distillation`; it is frozen. Without one it is a copy of the model as it is when the
+            schedule begins.
     """
 
     optimizer: Any  # Trainer's, and none once the shapes have changed
+    model: Any
+    model_wrapped: Any
 
     def __init__(
         self,
@@ -59,8 +64,11 @@ class PruningMixin(_Base):
         teacher_model: nn.Module | None = None,
         **kwargs: Any,
     ):
-        if teacher_model is not None:
-            raise RecipeError("teacher_model is for distillation, which is not supported in this version of hf_prune")
+        if teacher_model is not None and (recipe is None or Recipe.load(recipe).distillation is None):
+            raise RecipeError(
+                "there is a teacher_model, and the recipe has no section `distillation`; add one, such as "
+                "distillation: {temperature: 2, weight: 0.5}"
+            )
         self.recipe = None if recipe is None else Recipe.load(recipe)
         if self.recipe is not None:
             require_known_parameters(self.recipe)
@@ -70,6 +78,8 @@ class PruningMixin(_Base):
         self.pruning_report: PruningReport | None = None
         self._resumed_from: str | None = None
         self._finished: nn.Module | None = None
+        self.teacher_model = teacher_model
+        self._distiller: Distiller | None = None
         if self.recipe is not None:
             self.add_callback(_PruneAtSteps(self))
 
@@ -90,7 +100,40 @@ class PruningMixin(_Base):
         super()._save_checkpoint(model, trial)
         if self.pruner is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            if self._distiller is not None and self.teacher_model is None:
+                save_teacher(self._distiller.teacher, folder)
             save_state(self.pruner.state_dict(), folder)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        distiller, pruner = self._distiller, self.pruner
+        if distiller is None or pruner is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        batch = dict(inputs)  # where it smooths labels Trainer takes them out
+        with distiller.watching():
+            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch, **kwargs)
+        is_scaled = (
+            self.args.average_tokens_across_devices
+            and (self.model_accepts_loss_kwargs or self.compute_loss_func)
+            and num_items_in_batch is not None
+        )
+        with self.accelerator.autocast():
+            loss = distiller.loss(
+                task,
+                outputs,
+                batch,
+                pruner.plan.masks if pruner.plan else masks_of(pruner.model),
+                n_labels=num_items_in_batch,
+                own_loss=self.label_smoother is None and self.compute_loss_func is None,
+                scale=self.accelerator.num_processes if is_scaled else 1,
+            )
+        return (loss, outputs) if return_outputs else loss
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if self.pruner is not None and not self.pruner.is_final:
@@ -145,18 +188,73 @@ class PruningMixin(_Base):
             self.recipe,
             n_steps=self.state.max_steps,
             calibration=self._calibration_batches,
+            distills=True,
         )
         if begun is not None:
             self.pruner.plan = begun.plan
-        if self._resumed_from is not None:
-            self.pruner.load_state_dict(load_state(Path(self._resumed_from)))
-            self._resumed_from = None
+        resumed_from, self._resumed_from = self._resumed_from, None
+        state = None if resumed_from is None else load_state(Path(resumed_from))
+        self._begin_distilling(
+            None if state is None or resumed_from is None else (state["n_done"], Path(resumed_from))
+        )
+        if state is not None:
+            self.pruner.load_state_dict(state)
 
     def _pruning_step(self) -> None:
         if self.pruner is not None:
+            if self._distiller is None and self._begins_to_distill(self.pruner.n_done + 1):
+                self._distill_from(copy_of(self.pruner.model))
             self.pruner.step()
         elif self._finished is not None:
             enforce_(self._finished)
+
+    def _begins_to_distill(self, n_done: int) -> bool:
+        assert self.recipe is not None
+        return self.recipe.distillation is not None and n_done >= first_step(self.recipe, self.state.max_steps)
+
+    def _begin_distilling(self, resumed: tuple[int, Path] | None) -> None:
+        """With a teacher that is there from the beginning, or that the checkpoint holds: (steps done, folder)."""
+        assert self.recipe is not None and self.pruner is not None
+        begun, self._distiller = self._distiller, None  # of a training that broke off
+        model = self.pruner.model
+        if self.recipe.distillation is None:
+            return
+        if self.teacher_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise RecipeError(
+                "distillation without a teacher_model copies the model, and no process has the whole of it under FSDP or "
+                "DeepSpeed; pass teacher_model=, loaded anew"
+            )
+        if self.teacher_model is not None:
+            self._distill_from(self.teacher_model, measure=resumed is None and begun is None)
+        elif resumed is not None and self._begins_to_distill(resumed[0]):
+            self._distill_from(copy_of(model, resumed[1]), measure=False)
+        elif begun is not None:
+            self._distill_from(begun.teacher, measure=False)
+        elif self._begins_to_distill(0):
+            self._distill_from(copy_of(model))
+
+    def _distill_from(self, teacher: nn.Module, *, measure: bool = True) -> None:
+        """Distill from now on; the teacher's own metrics are logged where there is an evaluation, as `teacher_…`."""
+        assert self.recipe is not None and self.recipe.distillation is not None and self.pruner is not None
+        self._distiller = Distiller(self.recipe.distillation, self.pruner.model, teacher)
+        if not measure or self.eval_dataset is None or self.args.eval_strategy == "no":
+            return
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        pupil = self.model, self.model_wrapped
+        self.model = self.model_wrapped = teacher
+        try:
+            with _drawing_from(self.recipe.seed):
+                for name, dataset in named.items():
+                    prefix = f"teacher_{name}" if name else "teacher"
+                    output = self.evaluation_loop(
+                        self.get_eval_dataloader(dataset),
+                        "Evaluation of the teacher",
+                        prediction_loss_only=True if self.compute_metrics is None else None,
+                        metric_key_prefix=prefix,
+                    )
+                    self.log(output.metrics)
+        finally:
+            self.model, self.model_wrapped = pupil
 
     def _finish_pruning(self, pruner: Pruner) -> None:
         inputs = "training" if self.calibration_dataset is None else "calibration"
@@ -169,7 +267,7 @@ class PruningMixin(_Base):
                 save_state(pruner.state_dict(), folder)
             raise
         finally:
-            self.pruner = None
+            self.pruner = self._distiller = None
         self._finished = pruner.model
         # the optimizer and the wrapped model hold parameters that are no longer the model's
         self.model = self.model_wrapped = pruner.model

@@ -21,6 +21,7 @@ SECTIONS = {
     "Document": schema.RecipeDocument,
     "Steps": schema.Step,
     "schedule": schema.Schedule,
+    "distillation": schema.Distillation,
     "calibration": schema.Calibration,
     "model": schema.ModelSection,
     "data": schema.DataSection,

@@ -61,7 +61,7 @@ OPTIONS: dict[str, list[Any]] = {
         {"name": "bias", "add": True},
         {"name": "least_squares", "add": False},
     ],
-    "schedule": [{"name": "linear"}, {"begin": 0, "end": 1, "updates": 3}, {"shrink": "never"}],
+    "schedule": [{"name": "linear"}, {"begin": 0, "end": 1, "updates": 3}, {"shrink": "never"}, {"rewind": 0}],
 }
 SECTIONS: dict[str, list[Any]] = {
     "name": ["half", "on", "1e-3", "010", "09", "null", "", "ünïcode: # not a comment"],
@@ -79,8 +79,13 @@ SECTIONS: dict[str, list[Any]] = {
         {"lr_scheduler_type": "linear", "bf16": False, "resume_from_checkpoint": True, "lr_scheduler_kwargs": {}},
     ],
     "schedule": [
-        {"name": "one_shot", "begin": 0.5},
+        {"name": "one_shot", "begin": 0.5, "rewind": 0.25},
         {"name": "constant", "begin": 0.2, "end": 0.4, "updates": 2, "shrink": "never"},
+    ],
+    "distillation": [
+        {},
+        {"temperature": 4, "weight": 0.9, "hidden_states": 0},
+        {"weight": 0, "hidden_states": 0.1},
     ],
     "calibration": [{"samples": 8, "length": 16, "batch_size": 2, "offload": "disk"}],
 }

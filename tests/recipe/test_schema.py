@@ -33,11 +33,17 @@ def begins_after_it_ends(document):
     return any(s.get("begin", 0.1) > s.get("end", 0.6) for s in schedules if isinstance(s, dict))
 
 
+def rewinds_to_after_its_begin(document):
+    schedules = [document.get("schedule"), *(step.get("schedule") for step in steps(document))]
+    return any((s.get("rewind") or 0) > s.get("begin", 0.1) for s in schedules if isinstance(s, dict))
+
+
 # The whole list of what JSON Schema can't say: it has no way to compare two numbers, and doesn't know which version of
 # Transformers is installed.
 UNSAID = {
     "N:M with N not below M": is_n_m_upside_down,
     "a schedule that begins after it ends": begins_after_it_ends,
+    "a rewind to after the schedule begins": rewinds_to_after_its_begin,
     "fields of TrainingArguments": lambda document: bool(document.get("training")),
 }
 

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 import hf_prune
-from hf_prune import PruningTrainer, VerificationError
+from hf_prune import VerificationError
 from hf_prune.apply.masks import masked_tensors, masks_of
-from hf_prune.errors import CheckpointError, RecipeError
+from hf_prune.errors import CheckpointError
 from tests import zoo
 from tests.training.data import RECIPE, trainer
 
@@ -220,8 +220,3 @@ def test_a_mixin_and_a_callback_for_other_trainers(tmp_path):
     stock.train()
     assert weights_equal(stock.model, reference.model)
     assert callback.pruning_report.to_dict()["sparsity"]["ffn_neurons"] == 0.5
-
-
-def test_distillation_says_that_it_comes_later(tmp_path):
-    with pytest.raises(RecipeError, match="teacher_model"):
-        PruningTrainer(model=zoo.build("bert"), teacher_model=zoo.build("bert"))
