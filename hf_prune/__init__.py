@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hf_prune.planning import make_plan
     from hf_prune.recipe import Recipe
     from hf_prune.report import PruningReport
-    from hf_prune.structure import inspect_model
+    from hf_prune.structure import AttentionLayout, FeedForwardLayout, inspect_model, register_layout
     from hf_prune.training import Pruner, PruningCallback, PruningMixin, PruningSeq2SeqTrainer, PruningTrainer
 
 __version__ = "0.1.0"
@@ -44,7 +44,7 @@ _HOMES = {
     "hf_prune.planning": ("make_plan",),
     "hf_prune.recipe": ("Recipe",),
     "hf_prune.report": ("PruningReport",),
-    "hf_prune.structure": ("inspect_model",),
+    "hf_prune.structure": ("AttentionLayout", "FeedForwardLayout", "inspect_model", "register_layout"),
     "hf_prune.training": (
         "Pruner",
         "PruningCallback",

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.structure import attention, experts, feed_forward, layers, parts
+from hf_prune.structure import attention, experts, feed_forward, layers, parts, unmatched
 from hf_prune.structure.cost import count_macs
 from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames
@@ -38,6 +38,7 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     blocks = list(_found(layers.find_sites(names, stacks, [*heads, *neurons]), refusals))
     refusals += stack_refusals
     of_blocks = list(_found(parts.find_sites(names, stacks), refusals))
+    refusals += unmatched.find(names, [*heads, *neurons, *mixtures], refusals)
     config = getattr(model, "config", None)
     return ModelStructure(
         model_class=type(model).__name__,
@@ -70,7 +71,7 @@ def require_sites(structure: ModelStructure, target: Target, part: Part = "block
         return sites
     refused = [f"{refusal.name}: {refusal.reason}" for refusal in structure.refusals if refusal.kind == kind]
     found = ", ".join(sorted({site.kind for site in structure.sites})) or "no units"
-    reason = "; ".join(dict.fromkeys(refused)) or "no block matches a known layout"
+    reason = "; ".join(dict.fromkeys(refused)) or f"no block matches a known layout ({unmatched.HOW_TO_ADD})"
     raise UnsupportedModelError(
         f"{structure.model_class} has no {kind} that can be pruned: {reason}. Found: {found}. "
         "Target `weights` works on every model."

@@ -53,7 +53,7 @@ def _neurons(names: ModuleNames, name: str) -> Site:
     widest = inputs[0][1]
     assert widest is not None
     # (E, d_out, d_in) as in Linear, or (E, d_in, d_out): the output leads from the neurons to d_model
-    d_model, d_ff, transposed = _sizes(tuple(widest.shape), tuple(output.shape))
+    d_model, d_ff, transposed = _sizes(tuple(widest.shape), tuple(output.shape), forward_of(module))
     writing, reading = (2, 1) if transposed else (1, 2)
     slices = []
     for own, tensor in inputs:
@@ -74,7 +74,7 @@ def _neurons(names: ModuleNames, name: str) -> Site:
     return Site(name, "ffn_neurons", d_ff, tuple(slices), tuple(attributes), holder=name)
 
 
-def _sizes(inputs: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, int, bool]:
+def _sizes(inputs: tuple[int, ...], output: tuple[int, ...], forward: str) -> tuple[int, int, bool]:
     """d_model, d_ff, and whether the weights are (E, d_in, d_out).
 
     Raises:
@@ -85,6 +85,8 @@ def _sizes(inputs: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, int, 
         False: first == inputs[2] and inputs[1] in (second, 2 * second),
         True: second == inputs[1] and inputs[2] in (first, 2 * first),
     }
+    if all(fits.values()):  # an input of one part is as good as turned round: the code says which product it takes
+        fits = {False: "linear(" in forward, True: " @ self." in forward}
     if fits[False] == fits[True]:
         raise _Refused(f"weights {inputs} and {output} don't tell which of their axes the neurons are on")
     return (second, first, True) if fits[True] else (first, second, False)

@@ -41,15 +41,21 @@ def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
             widths = {d_out(module) for module in inputs}
             d_ff = d_in(output)
             alike = widths == {d_ff} or (len(inputs) == 1 and widths == {2 * d_ff})
-            # what narrows is no feed-forward: an adapter, a low rank, a squeeze
-            if alike and d_in(inputs[0]) == d_out(output) <= max(widths) and _is_alone(names.modules[name], layout):
+            if (
+                alike
+                and d_in(inputs[0]) == d_out(output)
+                and _is_alone(names.modules[name], layout, d_out(output) < d_ff)
+            ):
                 return layout
     return None
 
 
-def _is_alone(module: nn.Module, layout: FeedForwardLayout) -> bool:
+def _is_alone(module: nn.Module, layout: FeedForwardLayout, widens: bool) -> bool:
+    """Of names that mean little: whether nothing else is there, and what is there widens (an adapter or a squeeze narrows)."""
     others = (child for own, child in module.named_children() if own not in layout.parts)
-    return not layout.alone or not (module._parameters or any(True for child in others for _ in child.parameters()))
+    return not layout.alone or (
+        widens and not module._parameters and not any(True for child in others for _ in child.parameters())
+    )
 
 
 def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site:

@@ -1,0 +1,60 @@
+"""What a model holds and no layout matches: told, so that nothing is missed in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_within
+from hf_prune.structure.sites import Refusal, Site
+
+
+HOW_TO_ADD = "hf_prune.register_layout teaches it one: docs/extending.md"
+
+
+def find(names: ModuleNames, sites: Sequence[Site], refusals: Sequence[Refusal]) -> Iterator[Refusal]:
+    """A refusal for each attention, feed-forward and group of experts that is neither a site nor refused already."""
+    covered = {piece.module for site in sites for piece in site.slices}
+    known = {refusal.name for refusal in refusals if refusal.part == "block"}
+    attentions = _attentions(names, covered, {r.name for r in refusals if r.target == "attention_heads"})
+    for name, held in attentions.items():
+        said = ", ".join(held[:6]) + (", …" if len(held) > 6 else "")
+        yield Refusal("attention_heads", name, f"its projections ({said}) match no known layout; {HOW_TO_ADD}")
+    for name, module in names.modules.items():
+        if name in known or any(is_within(name, attention) for attention in attentions):
+            continue
+        stacked = [own for own, each in module.named_parameters(recurse=False) if each.dim() == 3]
+        if len(stacked) > 1 and "xpert" in type(module).__name__ and name not in covered:
+            yield Refusal("ffn_neurons", name, f"its stacked experts ({', '.join(stacked)}) match no known layout")
+        elif pair := _widening_pair(names, name, module, covered):
+            yield Refusal("ffn_neurons", name, f"{pair[0]} and {pair[1]} match no known layout; {HOW_TO_ADD}")
+
+
+def _attentions(names: ModuleNames, covered: set[str], refused: set[str]) -> dict[str, list[str]]:
+    """By the outermost module that calls itself an attention, its linear layers; none of which is in a site."""
+    found: dict[str, list[str]] = {}
+    for name, module in names.modules.items():
+        if not re.search("Attention|Attn", type(module).__name__) or any(is_within(name, other) for other in found):
+            continue
+        inside = [other for other in names.inside(name) if is_linear(names.modules[other])]
+        is_torch = isinstance(module, nn.MultiheadAttention)
+        known = any(other in covered for other in inside) or any(
+            is_within(other, name) or is_within(name, other) for other in refused
+        )
+        if (len(inside) > 1 or is_torch) and not known and not isinstance(module, nn.ModuleList):
+            found[name] = [other[len(name) + 1 :] for other in inside]
+    return found
+
+
+def _widening_pair(names: ModuleNames, name: str, module: nn.Module, covered: set[str]) -> tuple[str, str] | None:
+    """Two linear children that lead from d to more and back, as a feed-forward does, and are in no site."""
+    linear = {own: child for own, child in module.named_children() if is_linear(child)}
+    free = {own: child for own, child in linear.items() if names.resolve(name, own) not in covered}
+    for first, widens in free.items():
+        for second, narrows in free.items():
+            n, d = d_in(narrows), d_out(narrows)
+            if first != second and d_in(widens) == d < n and d_out(widens) in (n, 2 * n):
+                return first, second
+    return None
