@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import hf_prune.plan_repository as plan_repository
 from hf_prune.errors import CheckpointError, PruneError
 from hf_prune.structure import ModelStructure
 
@@ -103,6 +105,14 @@ class PruningPlan:
                     f"{type(model).__name__}. Apply it to a model of the same sizes, before that is shrunk, or make a new plan"
                 )
 
+        about = self.model or {}
+        expected = about.get("weights_sha256")
+        if expected is not None and plan_repository.weights_digest(model) != expected:
+            raise PruneError(
+                f"the plan was made for the weights of {about['base_model']} at {about['commit']}; those of this {type(model).__name__} are others. Load that "
+                "with `plan.load_base()`, and apply the plan before anything else changes it, or make a new plan"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: all but the tensors, of which it says how many entries are kept of how many."""
         return {
@@ -180,6 +190,79 @@ class PruningPlan:
                 f"{directory / PLAIN} is damaged ({type(error).__name__}: {error}). Make the plan again."
             ) from error
         return plan
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        model: nn.Module,
+        *,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        private: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload pruning plan",
+    ) -> str:
+        """Push the plan by itself: masks, replacements, recipe and a card, in one commit; a small repository.
+
+        Args:
+            repo_id: `name` or `owner/name`; created if it doesn't exist.
+            model: what the plan was made for, not yet changed: its weights are hashed, and `apply_` compares.
+            base_model: the Hub id of those weights, by default where `model` was loaded from.
+            base_revision: the branch, tag or commit there, `main` by default; the plan names the commit.
+            private: whether a new repository is private.
+            token, revision, create_pr, commit_message: as `hf_prune.hub.push_folder` takes them.
+
+        Returns:
+            The address of the repository, or of the pull request.
+
+        Raises:
+            PruneError: `model` is another one or comes from no repository, or the Hub refuses or can't be reached.
+        """
+        from hf_prune.recipe import Recipe
+
+        self.require_model(model)
+        base, commit = plan_repository.base_of(model, base_model, base_revision, token)
+        about = {"base_model": base, "commit": commit, "weights_sha256": plan_repository.weights_digest(model)}
+        with tempfile.TemporaryDirectory(prefix="hf_prune-") as scratch:
+            named = self.model or {"class": type(model).__name__, "model_type": None, "shapes": {}}
+            replace(self, model={**named, **about}).save(scratch)
+            if self.recipe:
+                Recipe.from_dict(self.recipe).to_yaml(Path(scratch, "recipe.yaml"))
+            return plan_repository.push(
+                Path(scratch),
+                repo_id,
+                base,
+                commit,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    @classmethod
+    def from_pretrained(cls, directory_or_repo: str | Path, **hub: Any) -> PruningPlan:
+        """Read what `push_to_hub` or `save` wrote, from the Hub (`revision=`, `token=`) or a directory.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or newer than this package reads.
+        """
+        if Path(directory_or_repo).is_dir():
+            return cls.load(directory_or_repo)
+        return cls.load(plan_repository.fetch(str(directory_or_repo), (PLAIN, MASKS, REPLACEMENTS), **hub))
+
+    def load_base(self, **options: Any) -> Any:
+        """The model that a plan of the Hub was made for, at that commit, for `apply_`.
+
+        Args:
+            options: of `from_pretrained`, such as `token` or `device_map`.
+
+        Raises:
+            PruneError: the plan doesn't say, or names a class that isn't Transformers'.
+        """
+        return plan_repository.load_base(self.model or {}, options)
 
 
 def made_for(structure: ModelStructure) -> dict[str, Any]:

@@ -12,7 +12,12 @@ from hf_prune.errors import RecipeError
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe's path, the name of a shipped one, or a model of the Hub that has one (user/model)."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set.")
     ] = None,
@@ -30,15 +35,15 @@ def run(
     hf-prune run my.yaml prune.0.sparsity=0.3 output.dir=outputs/light
     hf-prune run my.yaml --plan-only
     hf-prune run my.yaml --smoke
+    hf-prune run user/model output.dir=outputs/mine
     torchrun --nproc_per_node 2 -m hf_prune run my.yaml
     ```
     """
     from hf_prune.recipe import Recipe
-    from hf_prune.recipe.shipped import find_recipe
 
     if plan_only and smoke:
         raise RecipeError("--plan-only reads sizes and --smoke tries the steps; give one of them")
-    checked = Recipe.from_yaml(find_recipe(recipe), overrides or ())
+    checked = Recipe.find(recipe, overrides or ())
     quiet()
     from accelerate import PartialState
     from rich.console import Console

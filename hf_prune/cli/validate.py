@@ -11,7 +11,12 @@ from hf_prune.errors import RecipeError
 
 
 def validate(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's path, or the name of a shipped one.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe's path, the name of a shipped one, or a model of the Hub that has one (user/model)."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set.")
     ] = None,
@@ -28,13 +33,12 @@ def validate(
     ```
     """
     from hf_prune.recipe import Recipe
-    from hf_prune.recipe.shipped import find_recipe
 
     if schema:
         typer.echo(json.dumps(Recipe.json_schema(), indent=2, ensure_ascii=False))
         return
     if recipe is None:
         raise RecipeError("which recipe? Give a path or the name of a shipped one; `hf-prune recipes` lists those.")
-    checked = Recipe.from_yaml(find_recipe(recipe), overrides or ())
+    checked = Recipe.find(recipe, overrides or ())
     count = "1 step" if len(checked.prune) == 1 else f"{len(checked.prune)} steps"
     typer.echo(f"{recipe} is a good recipe: {count} ({', '.join(step.target for step in checked.prune)})")

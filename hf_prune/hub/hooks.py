@@ -42,7 +42,7 @@ def _pushing(stock: Any) -> Any:
         from huggingface_hub.errors import HFValidationError, HTTPError
 
         from hf_prune.checkpoint.saving import is_pruned
-        from hf_prune.hub.push import explained
+        from hf_prune.remote import explained
 
         if not is_pruned(self):
             return stock(self, repo_id, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_prune.recipe.yaml import Document, Mistake, read_yaml, write_yaml
 
 
 FILE_NAME = "recipe.yaml"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.yaml)(?<!\.yml)(@[\w./-]+)?")
 
 
 class Recipe(RecipeDocument):
@@ -57,21 +59,47 @@ class Recipe(RecipeDocument):
         return cls._checked(checked)
 
     @classmethod
-    def from_pretrained(cls, directory_or_repo: str | Path, **hub: Any) -> Recipe:
+    def find(cls, where: str, overrides: Sequence[str] = ()) -> Recipe:
+        """What `hf-prune run` takes: a file, a directory of a pruned model, a shipped name, `user/model[@revision]` of the Hub.
+
+        A recipe of the Hub writes below the working directory only, and pushes only if the overrides say so.
+
+        Raises:
+            RecipeError: with all mistakes.
+        """
+        path = find_recipe(where)
+        if path.is_dir():
+            return cls.from_pretrained(path, overrides)
+        if path.exists() or not _HUB_ID.fullmatch(where):
+            return cls.from_yaml(path, overrides)
+        repo_id, _, revision = where.partition("@")
+        recipe = cls.from_pretrained(repo_id, ("output.push_to_hub=false", *overrides), revision=revision or None)
+        directory = Path(recipe.output.dir) if recipe.output else Path()
+        given = any(override.startswith("output.dir=") for override in overrides)
+        if not given and (directory.is_absolute() or ".." in directory.parts):
+            raise RecipeError(
+                f"output.dir: {directory} of a recipe of the Hub lies outside the working directory; say where to write "
+                "with output.dir=…"
+            )
+        return recipe
+
+    @classmethod
+    def from_pretrained(cls, directory_or_repo: str | Path, overrides: Sequence[str] = (), **hub: Any) -> Recipe:
         """The recipe saved beside a pruned model, in a directory or on the Hub (`revision=`, `token=`)."""
         directory = Path(directory_or_repo)
         if directory.is_dir():
-            return cls.from_yaml(directory / FILE_NAME)
+            return cls.from_yaml(directory / FILE_NAME, overrides)
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return cls.from_yaml(hf_hub_download(str(directory_or_repo), FILE_NAME, **hub))
+            path = hf_hub_download(str(directory_or_repo), FILE_NAME, **hub)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise RecipeError(
                 f"{str(directory_or_repo)!r} is no directory, and no Hub repository with a {FILE_NAME} that can be "
                 f"reached: {error}"
             ) from error
+        return cls.from_yaml(path, overrides)
 
     @classmethod
     def _checked(cls, document: Document) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -43,7 +44,7 @@ def draw(content: Mapping[str, Any], file: str | Path | BinaryIO) -> None:
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(file, dpi=120, **({} if isinstance(file, Path) else {"format": "png"}))
+        figure.savefig(file, dpi=120, format=None if isinstance(file, Path) else "png")
     except ValueError as error:
         raise PruneError(f"--picture {file}: {error}") from error
 
@@ -70,7 +71,7 @@ def _stretches(kept: Sequence[float]) -> list[float]:
     if len(kept) <= _MANY:
         return list(kept)
     ends = [number * len(kept) // _MANY for number in range(_MANY + 1)]
-    return [sum(kept[start:end]) / (end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    return [sum(kept[start:end]) / (end - start) for start, end in pairwise(ends)]
 
 
 def _draw_one(axes: Axes, target: str, rows: Mapping[str, Sequence[float]]) -> None:

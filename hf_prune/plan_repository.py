@@ -1,0 +1,150 @@
+"""A plan as a small repository of the Hub: what it holds, and the base model that it is applied to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+
+from hf_prune.errors import CheckpointError, PruneError
+from hf_prune.remote import ERRORS, explained
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+CARD = "README.md"
+_TEXT = """---
+{header}---
+
+# {name}
+
+A pruning plan for `{base_model}` at commit `{commit}`: which units and weights leave, and no weights of the model itself
+but those that are replaced. The weights that it is applied to are compared by their hash.
+
+```python
+import hf_prune
+
+plan = hf_prune.PruningPlan.from_pretrained("{repo_id}")
+model = plan.load_base()
+hf_prune.apply_(model, plan)
+hf_prune.shrink_(model)
+```
+"""
+
+
+def base_of(model: nn.Module, base_model: str | None, revision: str | None, token: str | None) -> tuple[str, str]:
+    """The repository that a model's weights are in, and the commit that its `revision` is at now.
+
+    Raises:
+        PruneError: the model comes from no repository and none was given, or it can't be seen.
+    """
+    loaded_from = getattr(getattr(model, "config", None), "_name_or_path", "")  # Transformers keeps no revision
+    base = base_model or loaded_from or ""
+    if not _HUB_ID.fullmatch(base) or Path(base).exists():
+        raise PruneError(
+            f"the plan's model comes from {base or 'nowhere'!r}, which is no repository of the Hub; say in which one its "
+            "weights are with base_model='owner/name'"
+        )
+    try:
+        return base, str(HfApi(token=token, library_name="hf_prune").model_info(base, revision=revision).sha)
+    except ERRORS as error:
+        raise explained(error, f"the plan for {base}", base, token) from error
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all parameters in float32, names and shapes included: loading in float32 what is saved in less changes nothing.
+
+    Raises:
+        PruneError: they aren't here (on the meta device) or not whole.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if weight.is_meta or type(weight.data) is not Tensor:
+            raise PruneError(f"{name} isn't whole in memory; load the model without sharding or offloading")
+        value = weight.detach().to("cpu", torch.float32 if weight.is_floating_point() else weight.dtype).contiguous()
+        digest.update(f"{name} {list(value.shape)}".encode())
+        digest.update(value.numpy().data)
+    return digest.hexdigest()
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    base_model: str,
+    commit: str,
+    *,
+    private: bool,
+    token: str | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
+) -> str:
+    """Send the files of a folder and a card, in one commit; see `PruningPlan.push_to_hub`."""
+    if create_pr and revision not in (None, "main"):
+        raise PruneError(f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`")
+    api, branch = HfApi(token=token, library_name="hf_prune"), revision or "main"
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch != "main" and not branch.startswith("refs/"):
+            api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
+        remote = api.model_info(repo.repo_id, revision=branch)
+        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        there = {sibling.rfilename for sibling in remote.siblings or []}
+        if CARD not in there:  # what is there a person may have written into
+            operations.append(CommitOperationAdd(CARD, _card(repo.repo_id, base_model, commit).encode()))
+        # replacements of an earlier plan
+        stale = [name for name in there if name.endswith(".safetensors") and not (folder / name).exists()]
+        made = api.create_commit(
+            repo.repo_id,
+            [*operations, *map(CommitOperationDelete, sorted(stale))],
+            commit_message=commit_message,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=remote.sha,
+        )
+    except ERRORS as error:
+        raise explained(error, "the plan", repo_id, token) from error
+    if create_pr and made.pr_url:
+        return str(made.pr_url)
+    return str(made.repo_url) if branch == "main" else f"{made.repo_url}/tree/{branch}"
+
+
+def fetch(repo_id: str, names: Sequence[str], **hub: Any) -> Path:
+    """The files of a plan, in the cache."""
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(names), **hub))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{repo_id!r} is no directory, and no Hub repository with a {names[0]} that can be reached: {error}"
+        ) from error
+
+
+def load_base(about: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """See `PruningPlan.load_base`."""
+    import transformers
+
+    base = about.get("base_model")
+    if not isinstance(base, str) or not _HUB_ID.fullmatch(base):
+        raise PruneError(
+            f"the plan doesn't say which model of the Hub it is for ({base!r}); load it and call `apply_`"
+        )
+    found = getattr(transformers, str(about.get("class")), None)
+    # a file of the Hub names it: nothing but a model of Transformers is called
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise PruneError(
+            f"the plan is for a {about.get('class')!r}, which Transformers doesn't have; load it and call `apply_`"
+        )
+    return found.from_pretrained(base, **{"revision": about.get("commit") or "main", **options})
+
+
+def _card(repo_id: str, base_model: str, commit: str) -> str:
+    header = ModelCardData(base_model=base_model, library_name="hf_prune", tags=["hf_prune", "pruning-plan"]).to_yaml()
+    return _TEXT.format(
+        header=f"{header}\n", name=repo_id.partition("/")[2], base_model=base_model, commit=commit, repo_id=repo_id
+    )
