@@ -22,6 +22,7 @@ class Draw:
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
         self.model = model
         self.generator = torch.Generator().manual_seed(seed)
+        self.made: dict[str, Any] = {}
         self.configs = list(_configs(model.config))
 
     def size(self, *names: str, default: int = 0) -> Any:
@@ -84,60 +85,108 @@ def _features(draw: Draw) -> torch.Tensor:
 
 
 Make = Callable[[Draw], Any]
-# Argument of `forward` -> how to make it. Those of `ALWAYS` are given wherever `forward` has them, others if they are
-# required, or if a type's entry names them.
+
+
+def channels_first(draw: Draw) -> torch.Tensor:
+    """Mel bins before frames, as many frames as the model has positions, if it says."""
+    bins = draw.size("num_mel_bins", "n_mels", "feature_size", default=16)
+    return draw.floats(BATCH, bins, 2 * draw.size("max_source_positions", default=32))
+
+
+def wave(draw: Draw) -> torch.Tensor:
+    """One channel of sound."""
+    return draw.floats(BATCH, 1, 1920)
+
+
+def several_images(draw: Draw) -> torch.Tensor:
+    """Two images to a text."""
+    return torch.stack([_pixels(draw), _pixels(draw)], dim=1)
+
+
+def _frame_mask(draw: Draw) -> torch.Tensor:
+    shape = draw.made["input_features"].shape
+    bins = draw.size("num_mel_bins", "n_mels", "feature_size", "input_dim", "input_feat_size", default=16)
+    return torch.ones(shape[0], shape[1] if shape[-1] == bins else shape[-1], dtype=torch.long)
+
+
+def _grid(draw: Draw) -> torch.Tensor:
+    return torch.tensor([[1, 4, 4]] * BATCH)
+
+
+def _flat(draw: Draw) -> torch.Tensor:
+    return _patches(draw, draw.size("temporal_patch_size", default=1))
+
+
+# Argument of `forward` -> how to make it, in this order. Those of `ALWAYS` are given wherever `forward` has them, others
+# if they are required, or if a type's entry names them.
 MAKERS: dict[str, Make] = {
     "input_ids": lambda d: d.ids(BATCH, LENGTH),
     "decoder_input_ids": lambda d: d.ids(BATCH, 7),
-    "attention_mask": lambda d: torch.ones(BATCH, LENGTH, dtype=torch.long),
     "bbox": lambda d: d.ids(BATCH, LENGTH, 2, low=0, high=9).repeat(1, 1, 2).cumsum(-1),
     "pixel_values": _pixels,
+    "image_sizes": lambda d: torch.tensor([d.made["pixel_values"].shape[-2:]] * BATCH),
     "pixel_values_videos": _video,
     "input_features": _features,
+    "input_features_mask": _frame_mask,
+    "feature_attention_mask": _frame_mask,
     "input_values": lambda d: d.floats(BATCH, 4000),
     "inputs": lambda d: d.floats(BATCH, LENGTH, d.size("d_model", "hidden_size")),
+    "inputs_embeds": lambda d: d.floats(BATCH, LENGTH, d.size("hidden_size")),
     "past_values": lambda d: d.floats(
         BATCH, d.size("context_length", default=32), d.size("num_input_channels", default=1)
     ),
     "pixel_mask": lambda d: torch.ones(BATCH, *_pair(d.size("image_size"), 32), dtype=torch.long),
 }  # fmt: skip
-ALWAYS = ("input_ids", "decoder_input_ids", "bbox", "pixel_values", "input_features", "input_values", "past_values")
+ALWAYS = (
+    "input_ids", "decoder_input_ids", "bbox", "pixel_values", "image_sizes", "input_features", "input_features_mask",
+    "feature_attention_mask", "input_values", "past_values",
+)  # fmt: skip
+# What takes the place of these where `forward` has the grid of patches beside them.
+FLAT = {"image_grid_thw": "pixel_values", "grid_thw": "hidden_states"}
 # Which of a model's own methods counts the places that an input takes in the text, and the config fields of its token.
 PLACES = (
-    ("get_image_features", ("pixel_values", "image_grid_thw", "image_sizes"), ("image_token_id", "image_token_index")),
-    ("get_audio_features", ("input_features",), ("audio_token_id", "audio_token_index")),
+    ("get_image_features", "pixel_values", ("image_token_id", "image_token_index")),
+    ("get_audio_features", "input_features", ("audio_token_id", "audio_token_index")),
+    ("get_audio_features", "input_values", ("audio_token_id", "audio_token_index")),
 )  # fmt: skip
 
 
 def make_inputs(model: PreTrainedModel, changes: Mapping[str, Make | None], seed: int) -> dict[str, Any]:
     """Keyword arguments of `forward`; `changes` gives makers of this type's own, None leaves an argument out."""
-    draw = Draw(model, seed)
+    draw, made = Draw(model, seed), {}
+    draw.made = made
     parameters = inspect.signature(model.forward).parameters
-    names = [name for name in parameters if name in ALWAYS or parameters[name].default is inspect.Parameter.empty]
-    names = [name for name in names if name not in changes and name in MAKERS]
-    made = {name: make(draw) for name, make in changes.items() if make is not None and name in parameters}
-    if "image_grid_thw" in parameters and "pixel_values" in names:
-        made["pixel_values"] = _patches(draw, draw.size("temporal_patch_size", default=1))
-        made["image_grid_thw"] = torch.tensor([[1, 4, 4]] * BATCH)
-        names.remove("pixel_values")
-    made |= {name: MAKERS[name](draw) for name in names}
+    makers = MAKERS | {name: make for name, make in changes.items()}
+    for grid, patches in FLAT.items():
+        if grid in parameters and grid not in changes:
+            patches = patches if patches in parameters else "pixel_values"
+            makers |= {grid: _grid} | ({} if patches in changes else {patches: _flat})
+    for name, make in makers.items():
+        wanted = name in ALWAYS or name in changes or name not in MAKERS
+        if name in parameters and make and (wanted or parameters[name].default is inspect.Parameter.empty):
+            made[name] = make(draw)
     if "input_ids" in made:
-        _place(draw, made, parameters)
+        _place(draw, parameters)
         if "attention_mask" in parameters and "attention_mask" not in changes:
             made["attention_mask"] = torch.ones_like(made["input_ids"])
     return made
 
 
-def _place(draw: Draw, made: dict[str, Any], parameters: Mapping[str, Any]) -> None:
+def _place(draw: Draw, parameters: Mapping[str, Any]) -> None:
     """Puts as many image and audio tokens into the text as the model makes features of them."""
-    ids = made["input_ids"]
-    for method, needed, fields in PLACES:
+    made, ids = draw.made, draw.made["input_ids"]
+    for method, source, fields in PLACES:
         features, token = getattr(draw.model, method, None), draw.size(*fields, default=-1)
-        if features is None or token < 0 or needed[0] not in made:
+        if features is None or token < 0 or source not in made:
             continue
         takes = inspect.signature(features).parameters
+        optional = (
+            {"input_ids"}
+            if takes.get("input_ids", inspect.Parameter).default is not inspect.Parameter.empty
+            else set()
+        )
         with torch.no_grad():
-            found = features(**{name: made[name] for name in made if name in takes and name != "input_ids"})
+            found = features(**{name: made[name] for name in made if name in takes and name not in optional})
         count = _rows(found) // BATCH
         ids = torch.cat([ids[:, :2], torch.full((BATCH, count), token), ids[:, 2:]], dim=1)
         if "mm_token_type_ids" in parameters:

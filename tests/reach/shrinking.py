@@ -24,6 +24,8 @@ SIZES: tuple[tuple[str, int | float], ...] = (
     (r".*_(num_)?(hidden_)?layers|num_.*_layers", 2),
     (r"depths|.*_depths|stage_num_blocks", 2),
     (r"(num_key_value_heads|num_kv_heads|.*_num_key_value_heads|.*kv_heads|multi_query_group_num)", 2),
+    (r"mamba_(n|num)_heads", 8),
+    (r"mamba_d_state|ssm_state_size|state_size|.*mamba_d_head", 8),
     (r"linear_num_(key|value)_heads|(.*_)?(num_)?(attention_)?heads?|n_heads?|num_.*attention_heads", 4),
     (r".*head_dim|d_kv|dim_head|attention_head_size|kv_channels|d_head|.*head_size", 8),
     (r"moe_intermediate_size|expert_ffn_hidden_size|.*expert.*(size|dim)|moe_hidden_size", 24),
@@ -32,11 +34,11 @@ SIZES: tuple[tuple[str, int | float], ...] = (
     (r"q_lora_rank|kv_lora_rank|.*_rank|o_lora_rank", 16),
     (r"(n_routed|num|num_local|moe_num)_experts|n_experts|.*num_experts", 4),
     (r"num_experts_per_tok(en)?|moe_topk|.*top_?k(_experts)?|moe_top_k|router_top_k", 2),
-    (r"n_group|topk_group|num_groups", 1),
+    (r"n_group|topk_group|num_groups|(.*_)?n_groups", 1),
     (r"max_2d_position_embeddings|max_(xpath|grid).*|.*position_buckets|position_bias_.*", -1),
     (r"max_.*position.*|n_positions|n_ctx|max_seq_len|.*max_position_embeddings|num_position_embeddings", 256),
     (r"(.*_)?image_size|img_size|pretrain_image_size|max_img_size|input_resolution", 32),
-    (r"(.*_)?patch_size|patch_sizes|patch_stride", 8),
+    (r"(.*_)?patch_size", 8),
     (r"num_mel_bins|n_mels|feature_size|input_feat_per_channel|n_mel_bins|mel_bins|input_feat_size", 16),
     (r"hidden_size_per_layer_input", 8),
     (r"hidden_sizes?|.*_hidden_sizes?|hidden_dim|.*hidden_dim|d_model|dim|emb_dim|n_embd|embed_dims?|.*embed_dim", 32),
@@ -44,7 +46,7 @@ SIZES: tuple[tuple[str, int | float], ...] = (
     (r"hidden_size_\w+|\w+_width|lru_width|pooler_output_size|.*_hidden_channels|d_latents|.*embeddings_dim", 32),
     (r".*num_queries|num_detection_tokens|max_num_bins|num_latents", 8),
     (r"encoder_in_channels|decoder_in_channels|stem_channels|out_channels|conv_dim|.*_out_channels", 32),
-    (r"conv_channels|.*conv_channels|num_filters|base_channels|auxiliary_channels|fusion_.*dim|latent_channels", 16),
+    (r"(.*_)?conv_channels|num_filters|(.*_)?channels|upsample_groups|fusion_.*dim|.*_feature_size", 32),
     (r".*codebook_size|codebook_dim|num_embeddings", 32),
     (r"num_codebooks|num_quantizers|num_code_groups", 4),
     (r"attention_chunk_size|.*sliding_window|.*sliding_window_size|local_attention", 8),
@@ -76,6 +78,10 @@ def shrunken(config: PretrainedConfig, changes: Mapping[str, Any], tokens: dict[
                 values[name] = _sub_config(value, change or {}, tokens)
         elif name not in changes:
             values[name] = _small(name, value, tokens)
+    old, new = config.__dict__.get("num_hidden_layers"), values.get("num_hidden_layers")
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)) and len(value) == old and name not in changes:
+            values[name] = value[:new]
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         values["num_key_value_heads"] = HEADS  # latent attention expands its keys to all heads
     values |= {name: change for name, change in changes.items() if name not in values}
@@ -118,5 +124,6 @@ def _small(name: str, value: Any, tokens: dict[str, int]) -> Any:
         return value if value < FIRST_WORD else tokens.setdefault(f"{name} {value}", WORDS + len(tokens))
     if value is None or (type(value) is int and value > 0):
         size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), -1)
-        return value if size < 0 else size
+        # A size doesn't grow, but for one that is a step below: two layers become three, three heads four.
+        return size if value is None or 0 < max(size - 1, min(size, 2)) <= value else value
     return value
