@@ -18,6 +18,7 @@ from hf_prune.recipe.mistakes import rule_mistakes, schema_mistakes
 from hf_prune.recipe.overrides import override_
 from hf_prune.recipe.schema import RecipeDocument
 from hf_prune.recipe.shipped import find_recipe
+from hf_prune.recipe.sparseml import read_sparseml
 from hf_prune.recipe.words import dotted, shown
 from hf_prune.recipe.yaml import Document, Mistake, read_yaml, write_yaml
 
@@ -100,6 +101,15 @@ class Recipe(RecipeDocument):
                 f"reached: {error}"
             ) from error
         return cls.from_yaml(path, overrides)
+
+    @classmethod
+    def from_sparseml(cls, path_or_text: str | Path, *, epochs: float | None = None) -> Recipe:
+        """From a recipe of SparseML or llm-compressor that only prunes; `epochs` of training, if it doesn't say.
+
+        Raises:
+            RecipeError: with all that can't be carried over.
+        """
+        return cls.from_dict(read_sparseml(path_or_text, epochs))
 
     @classmethod
     def _checked(cls, document: Document) -> Recipe:
