@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[str, dict]] = {
     "llm-2-4": (common.N_OF_M, _shipped("llm-2-4")),
     "neurons": (common.STRUCTURED, FIFTH | {"criterion": "activation"}),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
+    "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
     "layers-10-influence": (common.TENTH_OF_LAYERS, {"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}),
     "llm-drop-layers-10": (common.TENTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.1)),
     "layers-20-influence": (common.FIFTH_OF_LAYERS, {"target": "layers", "sparsity": 0.2, "criterion": "block_influence"}),

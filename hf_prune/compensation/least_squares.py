@@ -16,8 +16,9 @@ from hf_prune.criteria.support import solve_on_support
 from hf_prune.errors import CalibrationError
 
 
-# ridge as a fraction of the mean diagonal of the Gram matrix; the least is for what can be made up for exactly
-RIDGES = (1e-12, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# ridge as a multiple of each input's own mean square (the Gram matrix' diagonal), since a few inputs are far larger than the
+# others and one ridge for all would hold those still; the least is for what can be made up for exactly
+RIDGES = (1e-12, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0)
 RIDGE_WITHOUT_TEST = 1e-2
 RESTRICTED_STEPS = 50  # of the conjugate gradient, where single weights are gone
 GRAM_ROWS = 256  # of a Gram matrix at a time
@@ -102,10 +103,9 @@ def refit(
     n_free: int = 0,
     may_change: Tensor | None = None,
 ) -> Refit:
-    """The change D that minimises Σ |e - D a|² + λ |D|²: D = C (G + λI)⁻¹.
+    """The change D that minimises Σ |e - D a|² + λ Σ_j G_jj |D_j|², D_j what multiplies input j: D = C (G + λ diag G)⁻¹.
 
-    λ is the one of `ridges` (times the mean of G's diagonal) whose D, fitted on `fit`, leaves least on `test`; D is then
-    fitted on both. Changing nothing competes too. Without `test` λ is `RIDGE_WITHOUT_TEST`. Inputs that never fire get
+    λ is the one of `ridges` whose D, fitted on `fit`, leaves least on `test`; D is then fitted on both. Changing nothing competes too. Without `test` λ is `RIDGE_WITHOUT_TEST`. Inputs that never fire get
     no change.
 
     Args:
@@ -137,18 +137,23 @@ def refit(
 
 def _ridged(gram: Tensor, ridge: float, n: int) -> Tensor:
     gram = gram.clone()
-    gram.diagonal()[:n].add_(ridge * gram.diagonal()[:n].mean())
+    diagonal = gram.diagonal()[:n]
+    diagonal += torch.where(
+        diagonal > 0, ridge * diagonal, 1
+    )  # an input that never fires: any number, its change is 0
     return gram
 
 
 def _solve(moments: Moments, ridge: float, n: int) -> Tensor | None:
-    """C (G + λI)⁻¹; None where G is singular but for the ridge, and that too small for rounding."""
+    """C (G + λ diag G)⁻¹; None where no input fires, or where G is singular and the ridge too small for rounding."""
+    if not moments.gram.any():
+        return None
     factor, failed = torch.linalg.cholesky_ex(_ridged(moments.gram, ridge, n))
     return None if failed else torch.cholesky_solve(moments.cross.T, factor).T
 
 
 def _restricted(change: Tensor, moments: Moments, ridge: float, n: int, may_change: Tensor) -> Tensor:
-    """The best D on the entries that may change: the nearest to the free one, by the norm that G + λI makes."""
+    """The best D on the entries that may change: the nearest to the free one, by the norm that G + λ diag G makes."""
     gram = _ridged(moments.gram, ridge, n)
     return solve_on_support(torch.zeros_like(change), change, may_change, gram, RESTRICTED_STEPS)
 

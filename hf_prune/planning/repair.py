@@ -74,7 +74,7 @@ class Repaired:
     def note(self) -> str:
         """How many projections were refitted, on what."""
         ridges = [ridge for ridge in self.ridges if ridge is not None]
-        between = f", ridge {min(ridges):g} to {max(ridges):g} of the mean square input" if ridges else ""
+        between = f", ridge {min(ridges):g} to {max(ridges):g} times each input's mean square" if ridges else ""
         kept = len(self.ridges) - len(ridges)
         left = f"; {kept} left as they were, where no change did better on the part held out" if kept else ""
         tokens = " to ".join(dict.fromkeys(str(n) for n in (min(self.n_tokens), max(self.n_tokens))))

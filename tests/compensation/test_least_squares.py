@@ -25,10 +25,10 @@ def moments(inputs, lacking, size=None):
 
 
 def numpy_ridge(inputs, lacking, ridge, n_free=0):
-    """Σ |e - D a|² + λ |D|² by rows added to the data; the last `n_free` columns of D cost nothing."""
+    """Σ |e - D a|² + λ Σ_j (Σ a_j²) |D_j|² by rows added to the data; the last `n_free` columns of D cost nothing."""
     n = inputs.shape[1]
-    scale = (inputs[:, : n - n_free] ** 2).sum(0).mean().item()
-    penalty = np.diag([np.sqrt(ridge * scale)] * (n - n_free) + [0.0] * n_free)
+    squares = (inputs[:, : n - n_free] ** 2).sum(0).numpy()
+    penalty = np.diag([*np.sqrt(ridge * squares), *[0.0] * n_free])
     a = np.concatenate([inputs.numpy(), penalty])
     e = np.concatenate([lacking.numpy(), np.zeros((n, lacking.shape[1]))])
     return torch.from_numpy(np.linalg.lstsq(a, e, rcond=None)[0].T)
@@ -70,6 +70,15 @@ def test_changing_nothing_competes():
     assert found.ridge is None and not found.change.any()
 
 
+def test_units_of_the_inputs_do_not_matter():
+    """Inputs in other units give the same fit: a ridge in each input's own."""
+    inputs, lacking = data(n_tokens=12, noise=1.0)
+    scales = torch.tensor([1e-3, 1.0, 1e3, 7.0, 1.0, 1e-2, 50.0], dtype=torch.float64)
+    one = refit(moments(inputs, lacking), None)
+    other = refit(moments(inputs * scales, lacking), None)
+    assert torch.allclose(one.change, other.change * scales, rtol=1e-6)
+
+
 def test_inputs_that_never_fire_and_no_inputs_at_all():
     inputs, lacking = data()
     inputs[:, 2] = 0
@@ -106,10 +115,10 @@ def test_entries_that_may_not_change_do_not_and_the_rest_is_the_best_without_the
     assert may_change.any(1).all() and not may_change.all()
     both = moments(inputs, lacking)
     found = refit(both, None, may_change=may_change)
-    scale = both.gram.diagonal().mean()
+    ridged = both.gram + found.ridge * torch.diag(both.gram.diagonal())
     for row in range(4):
         there = torch.nonzero(may_change[row]).reshape(-1)
-        gram = both.gram[there][:, there] + found.ridge * scale * torch.eye(len(there), dtype=torch.float64)
+        gram = ridged[there][:, there]
         assert torch.allclose(found.change[row, there], torch.linalg.solve(gram, both.cross[row, there]), atol=1e-8)
         assert not found.change[row, ~may_change[row]].any()
 

@@ -149,7 +149,7 @@ def test_else_the_manifest_says_which_modules_have_one(name, more, tmp_path):
         (lambda entry: entry["tensors"].update(weight=[True, 24], bias=[True]), "positive integers"),
         (lambda entry: entry["tensors"].update(weight="x"), "positive integers"),
         (lambda entry: entry["tensors"].update(weight=[], bias=[]), "positive integers"),
-        (lambda entry: entry["tensors"].update(scale=[32]), "no such parameter"),
+        (lambda entry: entry["tensors"].update(scale=[32]), "no such tensor"),
     ],
 )
 def test_a_bad_bias_is_refused(damage, message, tmp_path):
@@ -170,7 +170,7 @@ def test_a_module_that_is_no_linear_layer_gets_none(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["hf_prune"]["modules"]["model.norm"] = {"tensors": {"bias": [32]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="no such parameter"):
+    with pytest.raises(CheckpointError, match="no such tensor"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
