@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from .inputs import Make, channels_first, several_images, wave
+import torch
+
+from .inputs import BATCH, LENGTH, Make, channels_first, constant, flat, floats, ids, ones, several_images, video, wave
 
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 HALF_MROPE = {
     "rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+BY_LAYER = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
+SWIN = {"image_size": 32, "patch_size": 2, "window_size": 2}
+HIERA = {
+    "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 1, 2, 1],
+    "num_attention_heads_per_stage": [1, 2, 4, 8], "global_attention_blocks": [2],
+}  # fmt: skip
+SAM2 = {"backbone_config": HIERA, "backbone_channel_list": [256, 128, 64, 32]}
 # Linear attention in most layers, full attention in the last of four.
 HYBRID = {"num_hidden_layers": 4}
 RESNET = {
     "model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 32, 32, 32], "depths": [2, 2, 2, 2],
     "out_features": ["stage2", "stage3", "stage4"],
 }  # fmt: skip
-SEQUENCES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3]}
+SEQUENCES = {"prediction_length": 4, "num_time_features": 1, "context_length": 12, "lags_sequence": [1, 2, 3]}
 HEAD_DIM = {"head_dim": 8}
 QWEN_VISION = {"fullatt_block_indexes": [1], "window_size": 32, "out_hidden_size": 32}
 
@@ -26,12 +36,151 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "autoformer": SEQUENCES,
     "informer": SEQUENCES,
     "time_series_transformer": SEQUENCES,
-    "bailing_hybrid": HYBRID,
+    "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
+    "align": {"projection_dim": 64},
+    "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0},
+    "colqwen2": {"vlm_config": {"text_config": MROPE}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
+    },
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
+    "efficientloftr": {"hidden_size": 256},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}},
+    "exaone4_5_vision": QWEN_VISION,
+    "fastspeech2_conformer_with_hifigan": {"model_config": {"num_mel_bins": 80}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "granite_speech": {"window_size": 15},
+    "granite_speech_plus": {"window_size": 15},
+    "granite_speech5_ctc": {"encoder_config": {"num_key_value_heads": 4}},
+    "granite_speech5_encoder": {"num_key_value_heads": 4},
+    "kosmos-2": {"latent_query_num": 8},
+    "mllama": {
+        "vision_config": {"intermediate_layers_indices": [0, 1, 2], "vision_output_dim": 128},
+        "text_config": {"cross_attention_layers": [1]},
+    },
+    "oneformer": {"mask_dim": 32},
+    "sam2": {"vision_config": SAM2},
+    "sam2_vision_model": SAM2,
+    "sam2_hiera_det_model": HIERA,
+    "seggpt": {"image_size": [64, 32]},
+    "tvp": {"visual_prompt_size": 4, "max_img_size": 32},
+    "upernet": {"backbone_config": {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}},
+    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1, 3],
+    },
+    "zoedepth": {"bottleneck_features": 32},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "audio-spectrogram-transformer": {"max_length": 64},
+    "bamba": {"attn_layer_indices": [1]},
+    "blip-2": {"image_token_index": 150},
+    "instructblip": {"image_token_index": 150},
+    "instructblipvideo": {"video_token_index": 150},
+    "bridgetower": {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "text_config": {"hidden_size": 128},
+        "vision_config": {"hidden_size": 128},
+    },
+    "bros": {"hidden_size": 128},
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": 150,
+            **{f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 100 + i for i in range(32)},
+        }
+    },
+    "emu3": {
+        "vq_config": {"channel_multiplier": [1, 1]},
+        "vocabulary_map": {
+            "<image>": 150,
+            "<|extra_200|>": 149,
+            **{f"<|visual token {i:06}|>": 100 + i for i in range(32)},
+        },
+    },
+    "clap": {
+        "audio_config": {"hidden_size": 128, "num_mel_bins": 64, "spec_size": 256, "patch_size": 4, "window_size": 8}
+    },
+    "clvp": {
+        "projection_dim": 128,
+        "text_config": {"hidden_size": 128, "projection_dim": 128},
+        "speech_config": {"hidden_size": 128, "projection_dim": 128},
+        "decoder_config": {"hidden_size": 128},
+    },
+    "cohere_compass": {"text_config": BY_LAYER},
+    "cohere_compass_text": BY_LAYER,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [2, 1, 1, 0]},
+    "donut-swin": SWIN,
+    "swin": SWIN,
+    "eomt": {"num_blocks": 2},
+    "eomt_dinov3": {"num_blocks": 2},
+    "ernie4_5_moe": {"moe_k": 2},
+    "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "glm5_next": {"text_config": {"index_kpool": 2, "num_hidden_layers": 4}},
+    "glm5_next_text": {"index_kpool": 2, "num_hidden_layers": 4},
+    "glmasr": {"audio_config": {"intermediate_size": 128}},
+    "voxtral": {"audio_token_id": 150, "audio_config": {"intermediate_size": 128}},
+    "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 32}},
+    "pocket_tts": {"flow_head_config": {"condition_dim": 32}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "grounding-dino": {"max_text_len": 12, "num_queries": 4, "backbone_config": SWIN},
+    "mm-grounding-dino": {"num_queries": 4, "backbone_config": SWIN},
+    "layoutlmv3": {"input_size": 32, "coordinate_size": 6, "shape_size": 4},
+    "led": {"attention_window": 4},
+    "levit": {"image_size": 64, "patch_size": 16},
+    "lilt": {"hidden_size": 48},
+    "llama4": {
+        "vision_config": {
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "intermediate_size": 128,
+        }
+    },
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
+    "lw_detr": {"projector_scale_factors": [1.0], "backbone_config": {"num_windows": 4, "image_size": 32}},
+    "lxmert": {"visual_feat_dim": 16},
+    "mask2former": {"feature_size": 32, "mask_feature_size": 32},
+    "mimi": {"vector_quantization_hidden_dimension": 32},
+    "mobilevitv2": {"image_size": 64},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
+    "qwen3_asr": {"audio_config": {"n_window": 8, "n_window_infer": 32}},
+    "qwen3_asr_encoder": {"n_window": 8, "n_window_infer": 32},
+    "sam": {"vision_config": {"num_pos_feats": 16, "output_channels": 32}},
+    "sam_hq": {"vision_config": {"num_pos_feats": 16, "output_channels": 32}, "mask_decoder_config": {"vit_dim": 32}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "vitmatte": {
+        "backbone_config": {"num_channels": 4},
+        "fusion_hidden_sizes": [32, 32, 32, 32],
+        "convstream_hidden_sizes": [16, 16, 16],
+    },
+    "wav2vec2-bert": {"vocab_size": 160},
+    "wav2vec2-conformer": {"vocab_size": 160},
+    "xmod": {"default_language": "en_XX"},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "detr": {"backbone_config": {**RESNET, "out_features": ["stage4"]}},
     "dinov3_convnext": {"hidden_sizes": [16, 16, 32, 32], "depths": [2, 2, 2, 2]},
-    "dots1": {"n_routed_experts": 4},
+    "dots1": {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.0,
+    },
     "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 100},
     "glm46v": {"text_config": MROPE},
     "glm4v": {"text_config": MROPE},
@@ -47,10 +196,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "hunyuan_v1_dense": HEAD_DIM,
     "hunyuan_v1_moe": HEAD_DIM,
-    "hunyuan_vl": {"text_config": HEAD_DIM},
-    "hunyuan_vl_text": HEAD_DIM,
+    "hunyuan_vl": {"text_config": {**HEAD_DIM, **MROPE}},
+    "hunyuan_vl_text": {**HEAD_DIM, **MROPE},
     "jamba": {"num_hidden_layers": 8},
-    "kimi_linear": HYBRID,
+    "kimi_linear": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 8},
     "minicpm_ocr": {"text_config": HYBRID},
@@ -60,7 +209,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "muse_spark_audio": {"num_hidden_layers": 4},
     "qwen2_5_vl": {"text_config": MROPE, "vision_config": QWEN_VISION},
-    "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_config": QWEN_VISION},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 151},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 151, "text_config": MROPE, "vision_config": QWEN_VISION},
     "qwen2_5_vl_text": MROPE,
     "qwen2_5_vl_vision": QWEN_VISION,
     "exaone4_5": {"vision_config": QWEN_VISION},
@@ -74,11 +224,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_next": HYBRID,
     "qwen4_exp": {"text_config": HYBRID},
     "qwen4_exp_text": HYBRID,
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
 }
+# Patches of images of several sizes in one tensor.
+PADDED: dict[str, Make | None] = {
+    "pixel_values": floats(16, 192), "pixel_attention_mask": ones(16),
+    "spatial_shapes": constant(torch.tensor([[4, 4]] * BATCH)),
+}  # fmt: skip
 # model type -> arguments of `forward`; None leaves one out
 INPUTS: dict[str, dict[str, Make | None]] = {
     **{
@@ -92,10 +247,98 @@ INPUTS: dict[str, dict[str, Make | None]] = {
         name: {"pixel_values": several_images}
         for name in (
             "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert", "lightglue", "superglue",
-            "timesformer", "llava_next", "llava_onevision", "granite_docling",
+            "timesformer", "llava_next", "llava_onevision", "granite_docling", "llava_next_video",
         )
     },
-    **{name: {"input_features": channels_first} for name in ("audioflamingo3", "clvp", "glmasr", "glmasr_encoder", "fun_asr_nano")},
+    **{
+        name: {"input_features": floats(64, 160)}
+        for name in ("granite_speech", "granite_speech_plus", "neucodec", "seamless_m4t", "wav2vec2-bert", "seamless_m4t_v2", "xcodec2")
+    },
+    **{name: {"pixel_values": flat(1)} for name in ("hunyuan_vl", "hunyuan_vl_vision")},
+    **{name: {"pixel_values": flat(2)} for name in ("muse_glimmer", "muse_glimmer_vision", "muse_spark", "muse_spark_vision")},
+    **{name: {"pixel_values": video} for name in ("videomae", "vivit", "xclip", "timesformer")},
+    **dict.fromkeys(("siglip2", "siglip2_vision_model", "lfm2_vl"), PADDED),
+    **{
+        name: {"past_values": floats(15), "past_time_features": floats(15, 1), "past_observed_mask": ones(15), "future_time_features": floats(4, 1)}
+        for name in ("autoformer", "informer", "time_series_transformer")
+    },
+    "audio-spectrogram-transformer": {"input_values": floats(64, 16)},
+    "blip_2_qformer": {"encoder_hidden_states": floats(5, 32), "query_embeds": floats(8, 32)},
+    "blt": {"use_cache": constant(False)},
+    "clap": {"input_features": floats(1, 100, 64), "is_longer": lambda d: torch.zeros(BATCH, 1, dtype=torch.bool)},
+    "colqwen2": {"pixel_values": lambda d: flat(2)(d).reshape(BATCH, 16, -1)},
+    "csm": {"input_ids": ids(LENGTH, 4, high=30)},
+    "decision_transformer": {
+        "states": floats(LENGTH, 17), "actions": floats(LENGTH, 4), "rewards": floats(LENGTH, 1),
+        "returns_to_go": floats(LENGTH, 1), "timesteps": lambda d: torch.arange(LENGTH).expand(BATCH, LENGTH), "attention_mask": ones(LENGTH),
+    },
+    "deepseek_vl_hybrid": {"high_res_pixel_values": floats(3, 32, 32)},
+    "depth_pro": {"pixel_values": floats(3, 128, 128)},
+    "dia": {"decoder_input_ids": ids(7, 9)},
+    "embedding_gemma2": {"pixel_values": None, "input_features": None},
+    "fun_asr_nano": {"input_features": floats(20, 112)},
+    "fun_asr_nano_encoder": {"input_features": floats(20, 112)},
+    "fuyu": {"pixel_values": floats(4, 192)},
+    "gemma3n_audio": {"audio_mel": floats(64, 16), "audio_mel_mask": lambda d: torch.zeros(BATCH, 64, dtype=torch.bool)},
+    "granite_speech5_ctc": {"input_features": floats(64, 64)},
+    "granite_speech5_encoder": {"input_features": floats(64, 64)},
+    "instructblip": {"qformer_input_ids": ids(6)},
+    "instructblipvideo": {"pixel_values": several_images, "qformer_input_ids": ids(6)},
+    "kimi_k25": {"pixel_values": lambda d: d.floats(32, 3, 8, 8)},
+    "kimi_k25_vision": {"pixel_values": lambda d: d.floats(32, 3, 8, 8)},
+    "kosmos-2": {"image_embeds_position_mask": lambda d: (torch.arange(LENGTH) < 8).expand(BATCH, LENGTH)},
+    "kyutai_speech_to_text": {"input_ids": lambda d: d.ids(BATCH, LENGTH, d.size("num_codebooks") + 1, high=30)},
+    "lxmert": {"visual_feats": floats(5, 16), "visual_pos": floats(5, 4)},
+    "mimi_decoder": {"latents": floats(32, 6)},
+    "pocket_tts_audio_tokenizer_decoder": {"latents": floats(32, 6)},
+    "minicpm_ocr_vision": {"pixel_values": lambda d: d.floats(1, 3, 8, 256), "target_sizes": constant(torch.tensor([[4, 4]] * BATCH))},
+    "minicpmv4_7_vision": {"pixel_values": lambda d: d.floats(1, 3, 8, 256), "target_sizes": constant(torch.tensor([[4, 4]] * BATCH))},
+    "gemma4": {"pixel_values": None, "input_features": None},
+    "gemma4_unified": {"pixel_values": None, "input_features": None},
+    "gemma4_vision": {
+        "pixel_values": floats(16, 192),
+        "pixel_position_ids": lambda d: torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(BATCH, 16, 2),
+    },
+    "mllama": {
+        "pixel_values": floats(1, 4, 3, 32, 32), "aspect_ratio_ids": ones(1), "aspect_ratio_mask": ones(1, 4),
+        "cross_attention_mask": ones(LENGTH, 1, 4),
+    },
+    "muse_spark_audio": {"input_values": floats(3840)},
+    "musicgen": {"decoder_input_ids": lambda d: d.ids(4 * BATCH, 7, high=30)},
+    "musicgen_melody": {"decoder_input_ids": lambda d: d.ids(4 * BATCH, 7, high=30), "input_features": floats(7, 12)},
+    "paddleocr_vl": {"pixel_values": lambda d: d.floats(1, 32, 3, 8, 8)},
+    "pp_ocrv5_mobile_rec": {"pixel_values": floats(3, 48, 64)},
+    "pp_ocrv5_server_rec": {"pixel_values": floats(3, 48, 64)},
+    "qwen2_audio": {
+        "input_ids": lambda d: torch.cat([torch.full((BATCH, 1), d.size("audio_token_index")), d.ids(BATCH, LENGTH)], 1)
+    },
+    "xlstm": {"use_cache": constant(False)},
+    "oneformer": {"task_inputs": ids(77)},
+    "pe_audio_video_encoder": {"input_values": wave, "pixel_values_videos": video},
+    "pix2struct": {"flattened_patches": lambda d: torch.cat([torch.arange(1, 33).reshape(1, 16, 2).repeat(BATCH, 1, 1).float(), d.floats(BATCH, 16, 32)], -1)},
+    "pop2piano": {"input_features": floats(LENGTH, 32), "input_ids": None},
+    "seggpt": {"pixel_values": floats(3, 32, 32), "prompt_pixel_values": floats(3, 32, 32), "prompt_masks": floats(3, 32, 32)},
+    "speech-encoder-decoder": {"input_features": None, "input_ids": None},
+    "timesfm": {"past_values": floats(64)},
+    "timesfm2_5": {"past_values": floats(64)},
+    "idefics": {"pixel_values": several_images, "image_attention_mask": ones(LENGTH, 2)},
+    "vibevoice_acoustic_tokenizer": {"input_values": wave},
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": wave},
+    "xcodec": {"input_values": wave},
+    "video_llama_3": {"image_merge_sizes": constant(torch.tensor([1] * BATCH))},
+    "video_llama_3_vision": {"merge_sizes": constant(torch.tensor([1] * BATCH))},
+    "videomt": {"pixel_values_videos": video},
+    "vitmatte": {"backbone_config": {"num_channels": 4}, "pixel_values": floats(4, 32, 32)},
+    **{name: {"input_features": channels_first} for name in ("audioflamingo3", "clvp", "glmasr", "glmasr_encoder", "qwen3_asr", "qwen3_asr_encoder", "voxtral_realtime_encoder")},
 }  # fmt: skip
 # model type -> fields without which the default config itself can't be made
-FIRST: dict[str, dict[str, Any]] = {}
+FIRST: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
+# model type -> the Auto class that shows most of it, where the general order of heads is wrong
+AUTO: dict[str, str] = {
+    "detr": "AutoModelForObjectDetection",
+    "evolla": "AutoModel",
+    "flava": "AutoModel",
+    "sapiens2": "AutoModel",
+    "musicgen": "AutoModelForTextToWaveform",
+    "musicgen_melody": "AutoModelForTextToWaveform",
+}

@@ -35,7 +35,10 @@ class Draw:
         return default
 
     def ids(self, *shape: int, low: int = FIRST_WORD, high: int = WORDS) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=self.generator)
+        words = self.size("vocab_size", default=high)
+        return torch.randint(
+            low, min(high, words) if isinstance(words, int) else high, shape, generator=self.generator
+        )
 
     def floats(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -104,13 +107,40 @@ def several_images(draw: Draw) -> torch.Tensor:
 
 
 def _frame_mask(draw: Draw) -> torch.Tensor:
+    """Ones for every frame of the features: the axis that isn't the bins."""
     shape = draw.made["input_features"].shape
-    bins = draw.size("num_mel_bins", "n_mels", "feature_size", "input_dim", "input_feat_size", default=16)
-    return torch.ones(shape[0], shape[1] if shape[-1] == bins else shape[-1], dtype=torch.long)
+    bins = draw.size("num_mel_bins", "n_mels", "feature_size", "input_feat_size", default=16)
+    return torch.ones(shape[0], shape[-1] if shape[1] == bins else shape[1], dtype=torch.long)
 
 
 def _grid(draw: Draw) -> torch.Tensor:
     return torch.tensor([[1, 4, 4]] * BATCH)
+
+
+def video(draw: Draw) -> torch.Tensor:
+    """Frames before channels."""
+    return _video(draw)
+
+
+def flat(temporal: int) -> Make:
+    """Flattened patches of this many frames each."""
+    return lambda draw: _patches(draw, temporal)
+
+
+def floats(*shape: int) -> Make:
+    return lambda draw: draw.floats(BATCH, *shape)
+
+
+def ids(*shape: int, high: int = WORDS) -> Make:
+    return lambda draw: draw.ids(BATCH, *shape, high=high)
+
+
+def constant(value: Any) -> Make:
+    return lambda draw: value
+
+
+def ones(*shape: int) -> Make:
+    return lambda draw: torch.ones(BATCH, *shape, dtype=torch.long)
 
 
 def _flat(draw: Draw) -> torch.Tensor:
@@ -141,6 +171,12 @@ ALWAYS = (
     "input_ids", "decoder_input_ids", "bbox", "pixel_values", "image_sizes", "input_features", "input_features_mask",
     "feature_attention_mask", "input_values", "past_values",
 )  # fmt: skip
+# Arguments that describe another, and are left out with it.
+FOLLOWS = {
+    "image_sizes": "pixel_values",
+    "input_features_mask": "input_features",
+    "feature_attention_mask": "input_features",
+}
 # What takes the place of these where `forward` has the grid of patches beside them.
 FLAT = {"image_grid_thw": "pixel_values", "grid_thw": "hidden_states"}
 # Which of a model's own methods counts the places that an input takes in the text, and the config fields of its token.
@@ -156,19 +192,22 @@ def make_inputs(model: PreTrainedModel, changes: Mapping[str, Make | None], seed
     draw, made = Draw(model, seed), {}
     draw.made = made
     parameters = inspect.signature(model.forward).parameters
-    makers = MAKERS | {name: make for name, make in changes.items()}
+    makers = MAKERS | dict(changes)
     for grid, patches in FLAT.items():
         if grid in parameters and grid not in changes:
             patches = patches if patches in parameters else "pixel_values"
             makers |= {grid: _grid} | ({} if patches in changes else {patches: _flat})
     for name, make in makers.items():
         wanted = name in ALWAYS or name in changes or name not in MAKERS
+        follows = FOLLOWS.get(name, name)
+        if follows != name and follows not in made:
+            continue
         if name in parameters and make and (wanted or parameters[name].default is inspect.Parameter.empty):
             made[name] = make(draw)
     if "input_ids" in made:
         _place(draw, parameters)
         if "attention_mask" in parameters and "attention_mask" not in changes:
-            made["attention_mask"] = torch.ones_like(made["input_ids"])
+            made["attention_mask"] = torch.ones(made["input_ids"].shape[:2], dtype=torch.long)
     return made
 
 
@@ -176,17 +215,19 @@ def _place(draw: Draw, parameters: Mapping[str, Any]) -> None:
     """Puts as many image and audio tokens into the text as the model makes features of them."""
     made, ids = draw.made, draw.made["input_ids"]
     for method, source, fields in PLACES:
-        features, token = getattr(draw.model, method, None), draw.size(*fields, default=-1)
-        if features is None or token < 0 or source not in made:
+        features = [getattr(module, method) for module in draw.model.modules() if hasattr(module, method)]
+        token = draw.size(*fields, default=-1)
+        if not features or token < 0 or source not in made:
             continue
-        takes = inspect.signature(features).parameters
+        takes = inspect.signature(features[-1]).parameters
         optional = (
             {"input_ids"}
             if takes.get("input_ids", inspect.Parameter).default is not inspect.Parameter.empty
             else set()
         )
         with torch.no_grad():
-            found = features(**{name: made[name] for name in made if name in takes and name not in optional})
+            given = {name: made[name] for name in made if name in takes and name not in optional}
+            found = features[-1](**{source: made[source], **given})
         count = _rows(found) // BATCH
         ids = torch.cat([ids[:, :2], torch.full((BATCH, count), token), ids[:, 2:]], dim=1)
         if "mm_token_type_ids" in parameters:

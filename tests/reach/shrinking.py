@@ -57,7 +57,9 @@ VALUES: dict[str, Any] = {"mrope_section": [2, 1, 1], "window_size": 4, "tempora
 # Fields derived from others when left out that are given all the same: groups of query heads that share keys.
 GIVEN = {"num_key_value_heads", "num_kv_heads"}
 # Sub-configs of a package that is not here -> what takes their place.
-INSTEAD = {"timm_backbone": "resnet", "timm_wrapper": "resnet"}
+INSTEAD: dict[str, dict[str, Any]] = {
+    "timm_backbone": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]},
+}
 TOKEN = re.compile(
     r".*token_(id|index)|.*_token|.*_(pad|bos|eos|start|end|think|nothink|newline|patch)_ids?|.*_token_ids"
 )
@@ -68,10 +70,12 @@ COMMON = (
 )
 
 
-def shrunken(config: PretrainedConfig, changes: Mapping[str, Any], tokens: dict[str, int]) -> PretrainedConfig:
+def shrunken(
+    config: PretrainedConfig, changes: Mapping[str, Any], tokens: dict[str, int], own: PretrainedConfig | None = None
+) -> PretrainedConfig:
     """The config's class again with small sizes; `changes` (nested as sub-configs are) win, `tokens` gives special ids."""
     values: dict[str, Any] = {}
-    for name, value in _fields(config):
+    for name, value in _fields(config, own or config):
         change = changes.get(name)
         if isinstance(value, PretrainedConfig):
             if name not in changes or isinstance(change, Mapping):
@@ -82,6 +86,11 @@ def shrunken(config: PretrainedConfig, changes: Mapping[str, Any], tokens: dict[
     for name, value in values.items():
         if isinstance(value, (list, tuple)) and len(value) == old and name not in changes:
             values[name] = value[:new]
+    stages = values.get("out_features")
+    if stages and new and isinstance(new, int) and "stage_names" in dir(config):
+        values["num_hidden_layers"] = max(new, len(stages))
+        values["out_features"] = [f"stage{i + 1}" for i in range(len(stages))]
+        values.pop("out_indices", None)
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         values["num_key_value_heads"] = HEADS  # latent attention expands its keys to all heads
     values |= {name: change for name, change in changes.items() if name not in values}
@@ -91,24 +100,29 @@ def shrunken(config: PretrainedConfig, changes: Mapping[str, Any], tokens: dict[
 def _sub_config(config: PretrainedConfig, changes: Mapping[str, Any], tokens: dict[str, int]) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
-    named = changes.get("model_type", INSTEAD.get(config.model_type, config.model_type))
+    changes = {**INSTEAD.get(config.model_type, {}), **changes}
+    named = changes.get("model_type", config.model_type)
     if named != config.model_type:
         config = CONFIG_MAPPING[named]()
-    return shrunken(config, {key: value for key, value in changes.items() if key != "model_type"}, tokens)
+    changes = {key: value for key, value in changes.items() if key != "model_type"}
+    return shrunken(config, changes, tokens, type(config)())
 
 
-def _fields(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Fields and their values, but for those that are derived from others when they are left out."""
+def _fields(config: PretrainedConfig, own: PretrainedConfig | None) -> Iterator[tuple[str, Any]]:
+    """Fields and their values, but for those that are derived from others when they are left out.
+
+    `own` is the class's own default config: what a parent's default differs in was given.
+    """
     for field in dataclasses.fields(config):
         if field.name in COMMON:
             continue
         try:
-            value = getattr(config, field.name)
+            value, default = getattr(config, field.name), getattr(own, field.name)
         except RuntimeError:  # one value a layer: the default is what is shared
-            value = field.default
-        given = field.name in GIVEN or (field.name == "rope_parameters" and "mrope_section" in (value or {}))
-        if isinstance(value, PretrainedConfig) or field.default is not None or given:
-            yield field.name, value
+            value = default = field.default
+        given = field.name in GIVEN or "mrope_section" in value if isinstance(value, dict) else field.name in GIVEN
+        if isinstance(value, PretrainedConfig) or field.default is not None or given or value != default:
+            yield field.name.removeprefix("_"), value
 
 
 def _small(name: str, value: Any, tokens: dict[str, int]) -> Any:

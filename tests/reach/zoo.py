@@ -13,7 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .corrections import CONFIGS, FIRST, INPUTS
+from .corrections import AUTO, CONFIGS, FIRST, INPUTS
 from .inputs import make_inputs
 from .shrinking import shrunken
 
@@ -63,6 +63,8 @@ def base_types() -> list[str]:
 
 def auto_class(model_type: str) -> type:
     """The Auto class that shows most of a model of this type."""
+    if model_type in AUTO:
+        return getattr(transformers, AUTO[model_type])
     known = _known()[model_type]
     heads = [name for head in HEADS if (name := f"AutoModelFor{head}") in known]
     return getattr(transformers, (heads or ["AutoModel"] if "AutoModel" in known else heads or list(known))[0])
