@@ -25,17 +25,17 @@ _ATTRIBUTE = "_hf_prune_masked"
 
 @dataclass
 class MaskedTensor:
-    """Removed entries of one parameter: slices `index` along `dim`, entries where `removed` is True, or all (neither)."""
+    """Removed entries of one parameter: slices `index` along `dim`, entries where `keep` is False, or all (neither)."""
 
     name: str
     dim: int = 0
     index: Tensor | None = None
-    removed: Tensor | None = None
+    keep: Tensor | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether the parameter leaves as it is."""
-        return self.index is None and self.removed is None
+        return self.index is None and self.keep is None
 
     def zero_(self, tensor: Tensor) -> None:
         """Zero the removed entries of `tensor`: the parameter, its gradient, or an optimizer's moment."""
@@ -43,10 +43,10 @@ class MaskedTensor:
             if self.index.device != tensor.device:
                 self.index = self.index.to(tensor.device)
             tensor.index_fill_(self.dim, self.index, 0)
-        if self.removed is not None:
-            if self.removed.device != tensor.device:
-                self.removed = self.removed.to(tensor.device)
-            tensor.masked_fill_(self.removed, 0)
+        if self.keep is not None:
+            if self.keep.device != tensor.device:
+                self.keep = self.keep.to(tensor.device)
+            _zero_but_(tensor, self.keep)
         if self.is_whole:
             tensor.zero_()
 
@@ -54,18 +54,32 @@ class MaskedTensor:
         """A copy of the removed entries of `tensor`."""
         if self.index is not None:
             return tensor.detach().index_select(self.dim, self.index.to(tensor.device))
-        if self.removed is not None:
-            return tensor.detach()[self.removed.to(tensor.device)]
+        if self.keep is not None:
+            return tensor.detach()[~self.keep.to(tensor.device)]
         return tensor.detach().clone()
 
     def restore_(self, tensor: Tensor, values: Tensor) -> None:
         """Put back what `values` copied."""
         if self.index is not None:
             tensor.index_copy_(self.dim, self.index.to(tensor.device), values)
-        elif self.removed is not None:
-            tensor[self.removed.to(tensor.device)] = values
+        elif self.keep is not None:
+            tensor[~self.keep.to(tensor.device)] = values
         else:
             tensor.copy_(values)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their size in bytes
+
+
+def _zero_but_(tensor: Tensor, keep: Tensor) -> None:
+    """Zero what `keep`, bool, doesn't keep, whatever is there: bits times 0 or 1, where a product would make NaN of infinity.
+
+    On a CPU `masked_fill_` takes 25 times as long, and this runs twice a step over all weights.
+    """
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_complex():
+        tensor.detach().view(_INTEGERS[tensor.element_size()]).mul_(keep.view(torch.int8))
+    else:
+        tensor.masked_fill_(~keep, 0)
 
 
 @dataclass
@@ -112,7 +126,7 @@ def masked_entries(structure: ModelStructure, masks: KeepMasks) -> list[MaskedTe
             entries += [MaskedTensor(piece.name, piece.dim, piece.index(gone)) for piece in site.slices]
             if site.branches:
                 entries += [MaskedTensor(name) for unit in gone.tolist() for name in site.branches[unit].parameters]
-    entries += [MaskedTensor(name, removed=~keep) for name, keep in masks.weights.items() if not keep.all()]
+    entries += [MaskedTensor(name, keep=keep) for name, keep in masks.weights.items() if not keep.all()]
     return entries
 
 
