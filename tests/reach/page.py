@@ -1,2 +1,113 @@
-def write(results):
-    pass
+"""docs/support.md: a row a type, a column a target, what was counted in the head, the reasons below."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.reach.census import KINDS, reviewed
+from tests.reach.proof import HELD_AS, SCOPES, TARGETS
+from tests.reach.zoo import model_types
+
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "support.md"
+SIGNS = {"proven": "✓", "refused": "refused", "WRONG": "wrong", "none": "–"}
+HEAD = """# What is supported
+
+Written by `python scripts/support.py`, which builds a tiny random model of each model type of Transformers {transformers} (PyTorch
+{torch}), watches it run to see what it holds (the census), prunes it by each target, and checks that
+
+- what is to be pruned was found, and nothing that the census holds was left out in silence;
+- the smaller model gives what the masked one gives;
+- its parameters are as many as estimated;
+- it is saved, and loaded by its class and by an Auto class, with equal outputs;
+- it generates where the whole model does, and trains one step.
+
+| sign | meaning |
+|---|---|
+| ✓ | each check passed; a number is the note below that says which check the whole model fails as well |
+| refused, and a number | an error of hf_prune with the reason below, raised before the model was changed |
+| wrong, and a number | a fault of hf_prune, below |
+| – | the model holds no such thing |
+
+"""
+
+
+def rows(results: Path) -> dict[str, dict[str, Any]]:
+    """By type; of a type that was run again, the last."""
+    each = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
+    return {row["type"]: row for row in sorted(each, key=lambda row: row["type"])}
+
+
+def outcome(row: dict[str, Any], target: str) -> str:
+    """The worst of the scopes."""
+    order = ("WRONG", "refused", "proven", "none")
+    of_scopes = [row["outcomes"][key] for scope in SCOPES if (key := f"{target} {scope}") in row["outcomes"]]
+    return min(of_scopes, key=lambda each: order.index(_word(each)))
+
+
+def _word(outcome: str) -> str:
+    return outcome.split(" ")[0].rstrip(":")
+
+
+def write(results: Path, page: Path = PAGE) -> None:
+    """Write the page from what a run left."""
+    page.write_text(text(rows(results)), encoding="utf-8")
+
+
+def text(by_type: dict[str, dict[str, Any]]) -> str:
+    """The page."""
+    notes: dict[str, int] = {}
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    lines = [HEAD.format(**versions) + "\n".join(_counts(by_type)), ""]
+    lines += [f"| type | {' | '.join(f'`{target}`' for target in TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
+    for name, row in by_type.items():
+        if row["outcomes"]:
+            cells = [_cell(outcome(row, target), notes) for target in TARGETS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "## Notes", "", *(f"{number}. {_plain(note)}" for note, number in notes.items())]
+    unbuilt = {name: row["not built"] for name, row in by_type.items() if not row["outcomes"]}
+    if unbuilt:
+        lines += ["", "## Types that no tiny model was made of", ""]
+        lines += [f"- {name}: {_plain(why)}" for name, why in unbuilt.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _counts(by_type: dict[str, dict[str, Any]]) -> list[str]:
+    built = {name: row for name, row in by_type.items() if row["outcomes"]}
+    lines = [
+        f"Of {len(model_types())} model types {len(by_type)} were tried and {len(built)} built.",
+        "",
+        "| target | types that hold it | proven | refused | wrong |",
+        "|---|---|---|---|---|",
+    ]
+    for target in TARGETS:
+        held = [row for name, row in built.items() if holds(name, row, target)]
+        words = Counter(_word(outcome(row, target)) for row in held)
+        share = f" ({100 * words['proven'] / len(held):.0f} %)" if held else ""
+        wrong = words["WRONG"] + words["none"]
+        lines.append(f"| `{target}` | {len(held)} | {words['proven']}{share} | {words['refused']} | {wrong} |")
+    return lines
+
+
+def holds(model_type: str, row: dict[str, Any], target: str) -> bool:
+    """By the reviewed census; every model holds weights."""
+    entry = reviewed(model_type) or row.get("census") or dict.fromkeys(KINDS, [])
+    return target == "weights" or bool(entry[HELD_AS[target]])
+
+
+def _cell(outcome: str, notes: dict[str, int]) -> str:
+    sign, (_, _, why) = SIGNS[_word(outcome)], outcome.partition(" ")
+    if not why:
+        return sign
+    return f"{sign} {notes.setdefault(why.strip('()'), len(notes) + 1)}"
+
+
+def _plain(text: str) -> str:
+    """As Markdown shows it: names with stars and underscores are no emphasis."""
+    return text.replace("*", r"\*").replace("_", r"\_").replace("<", "&lt;").replace("|", r"\|")
