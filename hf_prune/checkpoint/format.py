@@ -23,6 +23,10 @@ SIZES_OF_LAYERS = (
 )
 
 
+# Numbers that no run changes, and that are never a matter of size: what differs in them computes something else.
+OF_FUNCTION = ("window_size", "shift_size", "sliding_window", "stride", "dilation", "padding")
+
+
 def sizes(model: nn.Module, views: Collection[tuple[str, str]] = ()) -> dict[str, Any]:
     """Every size that must agree: saved tensors, the plain numbers of modules (heads, widths, layer numbers).
 
@@ -62,7 +66,11 @@ def view_fields(model: nn.Module) -> list[tuple[str, str]]:
 
 def without_drift(wanted: Mapping[str, Any], stock: Mapping[str, Any]) -> dict[str, Any]:
     """`wanted` but for numbers that running a model changes (a rotary embedding's cached length): pruning only lowers."""
-    return {name: value for name, value in wanted.items() if ":" not in name or not _drifted(value, stock.get(name))}
+    return {
+        name: value
+        for name, value in wanted.items()
+        if ":" not in name or name.rpartition(":")[2] in OF_FUNCTION or not _drifted(value, stock.get(name))
+    }
 
 
 def _drifted(value: float, stock: float | None) -> bool:

@@ -92,7 +92,10 @@ class Absent(nn.Module):
         is_transposed = isinstance(replaced, transformers.pytorch_utils.Conv1D)
         is_linear = weight is not None and (is_transposed or isinstance(replaced, nn.Linear))
         self._d_out = weight.shape[1 if is_transposed else 0] if weight is not None and is_linear else None
-        name, parameter = next(replaced.named_parameters())
+        named = dict(replaced.named_parameters())
+        # not stacked experts, which some models save as other tensors than they hold
+        name = next((each for each, parameter in named.items() if parameter.dim() < 3), next(iter(named)))
+        parameter = named[name]
         *path, last = name.split(".")
         holder: nn.Module = self
         for child in path:
@@ -370,6 +373,8 @@ def __getattr__(name: str) -> Any:
         return False
 
     members = {"post_init": post_init, "is_custom_code": classmethod(is_custom_code)}
-    made = type(name, (stock,), members | {"__module__": __name__, "__doc__": stock.__doc__})
+    # named once more, or the Auto classes would make a subclass to add it, which pickle doesn't find
+    generates = (transformers.GenerationMixin,) if issubclass(stock, transformers.GenerationMixin) else ()
+    made = type(name, (stock, *generates), members | {"__module__": __name__, "__doc__": stock.__doc__})
     globals()[name] = made
     return made

@@ -28,7 +28,8 @@ from hf_prune.checkpoint.format import (
 from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, absent_returns, resize_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
-from hf_prune.structure.layouts import TOP_K_NAMES
+from hf_prune.structure.layouts import LAYER_INDEX_LISTS, TOP_K_NAMES
+from hf_prune.structure.naming import read_list
 
 
 # Config fields that may hold a depth, a feed-forward width, numbers of heads. Which one does is found by building.
@@ -42,6 +43,7 @@ DEPTH_FIELDS = (
     "n_layers",
     "depth",
 )
+STAGE_DEPTH_FIELDS = ("depths", "num_blocks", "depth", "num_layers", "layers_per_stage", "num_hidden_layers")
 WIDTH_FIELDS = (
     "intermediate_size",
     "encoder_ffn_dim",
@@ -288,10 +290,15 @@ def _depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, S
                 for name, value in nested.__dict__.items()
                 if isinstance(value, (list, tuple)) and len(value) == depth and any(w in name for w in PER_LAYER_WORDS)
             }
-            for name in DEPTH_FIELDS:
-                if _read(nested, name) != depth:
-                    continue
-                attempt = {**edit, (path, name): len(kept), **lists}
+            lists |= {
+                (path, name): [list(kept).index(number) for number in value if number in kept]
+                for name in LAYER_INDEX_LISTS
+                if (value := read_list(nested, name)) and all(type(n) is int and 0 <= n < depth for n in value)
+            }
+            for name, value in _depths(
+                nested, depth, len(kept), {key[1]: edit[key] for key in edit if key[0] == path}
+            ):
+                attempt = {**edit, (path, name): value, **lists}
                 shorter = _build(model, _edited(config, attempt))
                 if shorter is not None and len(shorter.get_submodule(stack)) == len(kept):
                     edit = attempt
@@ -302,6 +309,18 @@ def _depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, S
         else:
             raise UnsupportedModelError(f"no field of {type(config).__name__} holds the depth of {stack} ({depth})")
     return edit
+
+
+def _depths(config: Any, depth: int, n_kept: int, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Fields that may hold the depth, each with what it would be: a number, or a list with one for each stage."""
+    for name in DEPTH_FIELDS:
+        if _read(config, name) == depth:
+            yield name, n_kept
+    for name in STAGE_DEPTH_FIELDS:
+        values = said.get(name, _read(config, name))
+        for place, value in enumerate(values if isinstance(values, (list, tuple)) else ()):
+            if value == depth:
+                yield name, [*values[:place], n_kept, *values[place + 1 :]]
 
 
 def _width_edits(model: PreTrainedModel, built: PreTrainedModel, config: Any) -> Iterator[Edit]:

@@ -208,7 +208,11 @@ def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[Non
             hooks.enter_context(_zeroed(model, site, units))
         for branch in (site.branches[unit] for unit in units if site.branches):
             silence = model.get_submodule(branch.output).register_forward_hook(
-                lambda m, a, output: torch.zeros_like(output)
+                lambda m, a, output: (
+                    torch.zeros_like(output)
+                    if isinstance(output, Tensor)
+                    else type(output)((torch.zeros_like(output[0]), *output[1:]))
+                )
             )
             hooks.callback(silence.remove)
         for read in site.reads:

@@ -2,36 +2,107 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from hf_prune.structure import layouts
-from hf_prune.structure.naming import ModuleNames
+from hf_prune.structure.naming import ModuleNames, read_list
 from hf_prune.structure.sites import Refusal, Site
 
 
 Stacks = dict[str, tuple[str, ...]]
 
+_LAYER = "GradientCheckpointingLayer"  # by name, since importing it imports all of Transformers' model code
+
 
 def find_stacks(names: ModuleNames) -> tuple[Stacks, list[Refusal]]:
-    """Outermost lists of blocks of one class, by name -> the names of their blocks in call order.
+    """Lists of blocks that are called one after the other, by name -> the names of their blocks in call order.
 
-    A block is a module with parameters and children of its own; lists of linear layers or norms aren't stacks.
+    A block is a module with parameters and children of its own; lists of linear layers or norms aren't stacks. The outermost
+    lists count, but where those hold stages, each with blocks of its own, the stages' are the stacks.
     """
     stacks: Stacks = {}
+    refusals: list[Refusal] = []
     for name, module in names.modules.items():
-        if not isinstance(module, nn.ModuleList) or not len(module) or _inside(name, stacks):
+        if not _is_list_of_blocks(module) or _inside(name, stacks):
             continue
-        classes = {type(block) for block in module}
-        if len(classes) > 1 or not any(True for _ in module[0].children()) or "Attention" in classes.pop().__name__:
-            continue
-        blocks = tuple(f"{name}.{index}" for index in range(len(module)))
+        blocks = tuple(f"{name}.{own}" for own, _ in module.named_children())
         field = layouts.REPEAT_FIELDS.get(name.rpartition(".")[2])
-        if field and len(module) == 1:
+        if not field and any(_holds_stack(names, block) for block in blocks):
+            continue  # stages
+        if field and len(blocks) == 1:
             blocks *= int(getattr(names.config_of(name), field))
+        if _is_of_stage(name) and (difference := _difference(names, blocks)):
+            refusals.append(
+                Refusal(
+                    "layers", name, f"its blocks differ in {difference}, which their places decide when they are built"
+                )
+            )
+            continue
         stacks[name] = blocks
-    return stacks, []
+    return stacks, refusals
+
+
+def _is_list_of_blocks(module: nn.Module) -> bool:
+    """Whether all in it are blocks that may follow each other: of one class, or all layers of a model with several kinds."""
+    blocks = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+    if not blocks or not any(True for _ in blocks[0].children()):
+        return False
+    classes = {type(block) for block in blocks}
+    if isinstance(module, nn.Sequential) and not all(_is_whole_layer(block) for block in blocks):
+        return False
+    if len(classes) > 1 and not all(_LAYER in (each.__name__ for each in kind.__mro__) for kind in classes):
+        return False
+    return "Attention" not in type(blocks[0]).__name__ or len(classes) > 1 or _is_whole_layer(blocks[0])
+
+
+def _is_whole_layer(block: nn.Module) -> bool:
+    """A residual block by itself: it mixes positions, and has a norm of its own beside that."""
+    mixes = any(
+        re.search("Attention|Attn", type(each).__name__) or isinstance(each, (nn.Conv1d, nn.Conv2d))
+        for each in block.modules()
+        if each is not block
+    )
+    return mixes and any("Norm" in type(each).__name__ for each in block.children())
+
+
+def _holds_stack(names: ModuleNames, block: str) -> bool:
+    """Whether a list inside of it holds residual blocks, so that it is a stage and no block with an attention of its own."""
+    if any(re.search("Attention|Attn", type(each).__name__) for each in names.modules[block].children()):
+        return False
+    inner = (names.modules[other] for other in (block, *names.inside(block)))
+    return any(
+        _is_list_of_blocks(each)
+        and len({type(one) for one in each.children()}) == 1
+        and _is_whole_layer(next(each.children()))
+        for each in inner
+        if isinstance(each, (nn.ModuleList, nn.Sequential))
+    )
+
+
+def _is_of_stage(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _difference(names: ModuleNames, blocks: tuple[str, ...]) -> str | None:
+    """The first plain number, or shape, in which blocks differ other than by their own numbers."""
+    seen: dict[str, object] = {}
+    for block in blocks:
+        for path in (block, *names.inside(block)):
+            module = names.modules[path]
+            values: dict[str, object] = {
+                own: value
+                for own, value in module.__dict__.items()
+                if type(value) in (int, bool) and own not in layouts.LAYER_NUMBER_NAMES and not own.startswith("_")
+            }
+            values |= {own: tuple(each.shape) for own, each in module._parameters.items() if each is not None}
+            for own, value in values.items():
+                if seen.setdefault(f"{path[len(block) :]}.{own}", value) != value:
+                    return own
+    return None
 
 
 def find_sites(names: ModuleNames, stacks: Stacks, inner: Sequence[Site]) -> Iterator[Site | Refusal]:
@@ -52,6 +123,14 @@ def _looks_like_transformer(block: nn.Module) -> bool:
 
 def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> str | None:
     config = names.config_of(name)
+    arguments = inspect.signature(type(names.modules[blocks[0]]).forward).parameters
+    if all(stream in arguments for stream in layouts.TWO_STREAMS):
+        return f"its blocks hand on {' and '.join(layouts.TWO_STREAMS)}, of which only one would pass a masked block"
+    if name.rpartition(".")[2] in layouts.PLACED_STACKS:
+        return "its blocks are called at fixed places between the layers of another stack"
+    for field in layouts.HIDDEN_STATE_READERS:
+        if read_list(config, field):
+            return f"config.{field} names layers whose outputs are read from outside"
     for switch in layouts.LAYER_NUMBER_SWITCHES:
         if getattr(config, switch, None):
             return f"config.{switch} makes a layer's function depend on its number"

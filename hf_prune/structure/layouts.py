@@ -284,6 +284,22 @@ LAYER_NUMBER_SWITCHES = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layer
 LAYER_KINDS = "layer_types"
 # Modules beside a stack that are wired to a fixed position in it (DeBERTa-v2's convolution after block 0).
 FIXED_POSITION_SIBLINGS = ("conv",)
+# Stacks whose blocks come in between the layers of another.
+PLACED_STACKS = ("gated_cross_attn_layers",)
+# Arguments of blocks that change two streams.
+TWO_STREAMS = ("queries", "keys")
+# Lists of a config with the numbers of layers that something else reads, and with those of a kind, which are renumbered.
+HIDDEN_STATE_READERS = ("intermediate_hook_ids", "deepstack_visual_indexes", "backbone_out_indices")
+LAYER_INDEX_LISTS = (
+    *(
+        "cross_attention_layers",
+        "hybrid_layer_ids",
+        "attn_layer_indices",
+        "global_attn_indexes",
+        "global_attn_indices",
+    ),
+    *("window_block_indices", "fullatt_block_indexes", "full_attn_idxs", "no_rope_layer_indices"),
+)
 # Where one block is called several times, the config field that holds the number of calls, read in forward (ALBERT).
 REPEAT_FIELDS = {"albert_layer_groups": "num_hidden_layers"}
 

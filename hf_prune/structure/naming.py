@@ -88,6 +88,15 @@ def read_number(config: Any, names: tuple[str, ...]) -> int | None:
     return None
 
 
+def read_list(config: Any, name: str) -> list[Any] | None:
+    """A field of a config that is a list, not empty."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # as above
+        return None
+    return list(value) if isinstance(value, (list, tuple)) and value else None
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """Its `weight`, which `nn.Module` can't promise to be a tensor."""
     weight = module.weight

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from hf_prune.structure import attention, feed_forward, layouts
+from hf_prune.structure import attention, experts, feed_forward, layouts
 from hf_prune.structure.layers import Stacks
-from hf_prune.structure.naming import ModuleNames, d_out, weight_of
+from hf_prune.structure.naming import ModuleNames, d_out, is_within, weight_of
 from hf_prune.structure.sites import Branch, Part, Refusal, Site
 
 
@@ -68,10 +68,12 @@ def _attentions(names: ModuleNames, block: str) -> list[tuple[str, list[str], st
 
 
 def _feed_forwards(names: ModuleNames, block: str) -> list[tuple[str, list[str], str]]:
-    found = []
+    # a mixture of experts leaves whole, with its router and what all tokens share
+    mixtures = [names.parent(name) for name in experts.stacked_experts(names) if is_within(name, block)]
+    found = [(name, [name], name) for name in mixtures if name != block]
     for name in (block, *names.inside(block)):
         layout = feed_forward.matching(names, name)
-        if layout:
+        if layout and not any(is_within(name, mixture) for mixture in mixtures):
             projections = [names.resolve(name, part) for part in layout.parts]
             whole = name != block and not _holds_norm(names.modules[name], d_out(names.modules[projections[-1]]))
             found.append((name, [name] if whole else projections, projections[-1]))

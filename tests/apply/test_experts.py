@@ -57,6 +57,23 @@ def test_masked_equals_shrunk_and_saved_equals_loaded(name, target, n_by_site, t
         assert verdict.loads_with == "hf_prune"
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "glm4_moe"])
+def test_a_mixture_leaves_whole_as_the_feed_forward_part_of_a_layer(name, tmp_path):
+    model = zoo.build(name, torch.float64)
+    inputs = example_inputs(model)
+    (site,) = inspect_model(model).of("layers", "feed_forward")
+    assert site.numbers == (0, 1, 2)
+    dense = logits(model, inputs)
+    set_masks(model, KeepMasks(units={site.key: torch.tensor([True, True, False])}))
+    masked = logits(model, inputs)
+    settle_config_(model, remove_masked_(model).kept_layers)
+    assert (masked - dense).abs().max() > 1e-4 * dense.abs().max()
+    assert (logits(model, inputs) - masked).abs().max() <= 1e-6 * masked.abs().max()
+    assert next(model.model.layers[2].mlp.parameters(), None) is None
+    model.save_pretrained(tmp_path)
+    assert (logits(load(model, tmp_path), inputs) - masked).abs().max() <= 1e-6 * masked.abs().max()
+
+
 @pytest.mark.parametrize("name", zoo.MIXTURES)
 def test_fewer_experts_than_a_token_was_sent_to(name, tmp_path):
     model = zoo.build(name, torch.float64)
