@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .inputs import BATCH, LENGTH, Make, channels_first, constant, flat, floats, ids, ones, several_images, video, wave
+from .shrinking import KEEP
 
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
@@ -31,6 +32,10 @@ SEQUENCES = {"prediction_length": 4, "num_time_features": 1, "context_length": 1
 HEAD_DIM = {"head_dim": 8}
 QWEN_VISION = {"fullatt_block_indexes": [1], "window_size": 32, "out_hidden_size": 32}
 
+INDEXED = {
+    "num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 # model type -> fields of its config, nested as its sub-configs are
 CONFIGS: dict[str, dict[str, Any]] = {
     "autoformer": SEQUENCES,
@@ -73,6 +78,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
     "zoedepth": {"bottleneck_features": 32},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}},
+    "dots3_note": {"text_config": {"pyramid_num_routed": [-1, 4, 4]}},
+    "moonshine_streaming": {"num_key_value_heads": 2},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "musicflamingo": {"audio_token_id": 150},
+    "neomme": {"head_dim": 16},
+    "pp_doclayout_v3": {"backbone_config": KEEP},
+    "pp_ocrv6_small_rec": {"backbone_config": KEEP},
+    "pp_ocrv6_tiny_rec": {"backbone_config": KEEP},
+    "pp_ocrv6_small_det": {"backbone_config": KEEP},
+    "uvdoc": {"backbone_config": KEEP},
+    "sam3_tracker": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "audio-spectrogram-transformer": {"max_length": 64},
     "bamba": {"attn_layer_indices": [1]},
@@ -206,7 +223,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "minicpmv4_6": {"text_config": HYBRID},
     "minicpmv4_7": {"text_config": HYBRID},
     "ministral": HEAD_DIM,
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "muse_spark": {"out_hidden_size": 128, "audio_config": {"num_hidden_layers": 4}},
     "muse_spark_audio": {"num_hidden_layers": 4},
     "qwen2_5_vl": {"text_config": MROPE, "vision_config": QWEN_VISION},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 151},
@@ -222,8 +239,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": HYBRID,
     "qwen3_5_text": HYBRID,
     "qwen3_next": HYBRID,
-    "qwen4_exp": {"text_config": HYBRID},
-    "qwen4_exp_text": HYBRID,
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
@@ -303,6 +320,14 @@ INPUTS: dict[str, dict[str, Make | None]] = {
         "pixel_values": floats(1, 4, 3, 32, 32), "aspect_ratio_ids": ones(1), "aspect_ratio_mask": ones(1, 4),
         "cross_attention_mask": ones(LENGTH, 1, 4),
     },
+    "inkling2": {"pixel_values": lambda d: d.floats(8, 16, 16, 3)},
+    "inkling2_vision": {"pixel_values": lambda d: d.floats(8, 16, 16, 3)},
+    "inkling_mm_model": {"pixel_values": lambda d: d.floats(4, 2, 8, 8, 3)},
+    "vibevoice_acoustic_tokenizer": {"input_values": floats(1, 6400)},
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": floats(1, 6400)},
+    "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": floats(32, 2)},
+    "pp_ocrv6_small_rec": {"pixel_values": floats(3, 48, 64)},
+    "pp_ocrv6_tiny_rec": {"pixel_values": floats(3, 48, 64)},
     "muse_spark_audio": {"input_values": floats(3840)},
     "musicgen": {"decoder_input_ids": lambda d: d.ids(4 * BATCH, 7, high=30)},
     "musicgen_melody": {"decoder_input_ids": lambda d: d.ids(4 * BATCH, 7, high=30), "input_features": floats(7, 12)},
@@ -322,8 +347,6 @@ INPUTS: dict[str, dict[str, Make | None]] = {
     "timesfm": {"past_values": floats(64)},
     "timesfm2_5": {"past_values": floats(64)},
     "idefics": {"pixel_values": several_images, "image_attention_mask": ones(LENGTH, 2)},
-    "vibevoice_acoustic_tokenizer": {"input_values": wave},
-    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": wave},
     "xcodec": {"input_values": wave},
     "video_llama_3": {"image_merge_sizes": constant(torch.tensor([1] * BATCH))},
     "video_llama_3_vision": {"merge_sizes": constant(torch.tensor([1] * BATCH))},

@@ -56,6 +56,7 @@ HEADS = 4
 VALUES: dict[str, Any] = {"mrope_section": [2, 1, 1], "window_size": 4, "temporal_patch_size": 2}
 # Fields derived from others when left out that are given all the same: groups of query heads that share keys.
 GIVEN = {"num_key_value_heads", "num_kv_heads"}
+KEEP = "keep"  # a change that leaves a sub-config as large as it is by default
 # Sub-configs of a package that is not here -> what takes their place.
 INSTEAD: dict[str, dict[str, Any]] = {
     "timm_backbone": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]},
@@ -78,7 +79,9 @@ def shrunken(
     for name, value in _fields(config, own or config):
         change = changes.get(name)
         if isinstance(value, PretrainedConfig):
-            if name not in changes or isinstance(change, Mapping):
+            if change is KEEP:
+                values[name] = value
+            elif name not in changes or isinstance(change, Mapping):
                 values[name] = _sub_config(value, change or {}, tokens)
         elif name not in changes:
             values[name] = _small(name, value, tokens)
