@@ -50,7 +50,9 @@ class Rewinding:
 
     @torch.no_grad()
     def rewind_(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put the remembered weights back, masked entries at zero, and forget both them and the optimizer's moments."""
+        """Put the remembered weights back, masked entries at zero, and forget both them and the optimizer's moments; nothing without `rewind`."""
+        if self.step is None:
+            return
         for name, value in self.kept.items():
             model.get_parameter(name).copy_(value)
         enforce_(model)
