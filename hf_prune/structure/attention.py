@@ -153,6 +153,10 @@ def _refuse_fixed_width(module: nn.Module) -> None:
     """A forward that gives what it mixed the width of its input has no room for fewer heads."""
     first = next((name for name in inspect.signature(type(module).forward).parameters if name != "self"), "")
     source = forward_of(module)
+    if re.search(r"chunk\(\w+, 2, dim=1\)", source):
+        raise Refused("its forward pairs the first half of its heads with the second")
+    if re.search(r"\.view\([^()]*\bdim\.\w+", source):
+        raise Refused("its forward reshapes to sizes of its input, whatever the number of heads")
     for last in re.findall(rf"^ +(?:\w+, )+(\w+) = {first}\.(?:size\(\)|shape)$", source, re.MULTILINE):
         if last != "_" and re.search(rf"\.(?:view|reshape)\((?:[^()]|\([^()]*\))*\b{last}\b", source):
             raise Refused(f"its forward reshapes to {last}, the width of its input, whatever the number of heads")

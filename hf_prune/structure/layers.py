@@ -124,8 +124,13 @@ def _looks_like_transformer(block: nn.Module) -> bool:
 def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> str | None:
     config = names.config_of(name)
     arguments = inspect.signature(type(names.modules[blocks[0]]).forward).parameters
-    if all(stream in arguments for stream in layouts.TWO_STREAMS):
-        return f"its blocks hand on {' and '.join(layouts.TWO_STREAMS)}, of which only one would pass a masked block"
+    for streams in layouts.TWO_STREAMS:
+        if all(stream in arguments for stream in streams):
+            return f"its blocks hand on {' and '.join(streams)}, of which only one would pass a masked block"
+    if any("sampl" in type(names.modules[block]).__name__.lower() for block in blocks):
+        return "some of its blocks change the number of positions"
+    if owned := _owned_by_first(names, blocks):
+        return f"its first block alone has {owned}, so that no other can come first"
     if name.rpartition(".")[2] in layouts.PLACED_STACKS:
         return "its blocks are called at fixed places between the layers of another stack"
     for field in layouts.HIDDEN_STATE_READERS:
@@ -139,6 +144,27 @@ def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> st
             return f"{sibling} beside the stack is wired to a fixed layer"
     if name.rpartition(".")[2] in layouts.REPEAT_FIELDS and len(set(blocks)) > 1:
         return "several shared blocks take turns, so that dropping one changes which block is called where"
+    return None
+
+
+def _owned_by_first(names: ModuleNames, blocks: tuple[str, ...]) -> str | None:
+    """A module of the first block for which all others have None; what can be handed on is named in `layouts`."""
+    first, *others = (
+        {path[len(block) + 1 :]: names.modules[path] for path in (block, *names.inside(block))}
+        for block in dict.fromkeys(blocks)
+    )
+    known = {owned for owned, _ in layouts.OWNED_BY_FIRST_BLOCK}
+    for path, module in first.items():
+        for own, child in module._modules.items():
+            lacking = [other[path]._modules.get(own, child) is None for other in others if path in other]
+            if (
+                isinstance(child, nn.Module)
+                and own not in known
+                and lacking
+                and len(lacking) == len(others)
+                and all(lacking)
+            ):
+                return f"{path}.{own}".removeprefix(".")
     return None
 
 

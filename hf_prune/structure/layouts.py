@@ -174,7 +174,7 @@ HEAD_COUNT_NAMES = (
 KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
 KV_WIDTH_NAMES = ("kv_dim", "key_value_dim")
 # Widths that count all query heads' entries and are used to split or reshape.
-ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size")
+ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size", "q_dim")
 # The same where code reshapes by them; elsewhere they are the width of the model.
 PERHAPS_WIDTH_NAMES = ("embed_dim", "hidden_size", "d_model", "dim", "hidden_dim", "qkv_dim", "attention_dim")
 
@@ -255,7 +255,7 @@ PER_HEAD_PROJECTIONS = (
     *("continuous_position_bias_mlp.2", "output_projection.gate_proj", "gate", "head_gate", "attn_gate"),
 )
 # Convolutions inside an attention over the model's states, before keys and values are made: they stay.
-CONVOLUTIONS_OF_INPUTS = ("sr", "sequence_reduction", "spatial_reduction", "convolution", "conv")
+CONVOLUTIONS_OF_INPUTS = ("sr", "sequence_reduction", "spatial_reduction", "convolution")
 # Linear layers inside an attention that see no head: they stay.
 HEADLESS_PROJECTIONS = (
     "gru_rel_pos_linear",
@@ -283,11 +283,16 @@ LAYER_NUMBER_SWITCHES = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layer
 # The config's list of each layer's kind, by which caches of keys differ.
 LAYER_KINDS = "layer_types"
 # Modules beside a stack that are wired to a fixed position in it (DeBERTa-v2's convolution after block 0).
-FIXED_POSITION_SIBLINGS = ("conv",)
+FIXED_POSITION_SIBLINGS = ("conv", "gated_cross_attn_layers")
 # Stacks whose blocks come in between the layers of another.
 PLACED_STACKS = ("gated_cross_attn_layers",)
 # Arguments of blocks that change two streams.
-TWO_STREAMS = ("queries", "keys")
+TWO_STREAMS = (
+    ("queries", "keys"),
+    ("hidden_states", "global_hidden_states"),
+    ("hidden_states", "layout_inputs"),
+    ("vision_features", "text_features"),
+)
 # Lists of a config with the numbers of layers that something else reads, and with those of a kind, which are renumbered.
 HIDDEN_STATE_READERS = ("intermediate_hook_ids", "deepstack_visual_indexes", "backbone_out_indices")
 LAYER_INDEX_LISTS = (
