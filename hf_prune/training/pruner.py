@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,14 +66,6 @@ class Pruner:
     Raises:
         RecipeError: the recipe can't be accepted.
     """
-
-    def __new__(cls, model: nn.Module, *args: Any, **named: Any) -> Pruner:
-        peft = sys.modules.get("peft")
-        if cls is Pruner and peft is not None and isinstance(unwrap(model), peft.PeftModel):
-            from hf_prune.training.adapters import AdaptedPruner
-
-            cls = AdaptedPruner
-        return super().__new__(cls)
 
     def __init__(
         self,
