@@ -23,12 +23,12 @@ from hf_prune.recipe.yaml import LARGEST
 # options that change how something is computed or told, never what leaves
 _OF_NO_ACCOUNT = frozenset({"log_types", "offload_hessians", "sequential_targets"})
 # what a modifier takes, with the value that says nothing (None: has no such value)
-_GRADUAL = {
+_GRADUAL: dict[str, Any] = {
     "init_sparsity": None, "final_sparsity": None, "start_epoch": None, "end_epoch": None, "update_frequency": None, "params": None,
     "inter_func": "cubic", "mask_type": "unstructured", "leave_enabled": True, "global_sparsity": False, "phased": False,
     "score_type": "magnitude",
 }  # fmt: skip
-_ONE_SHOT = {
+_ONE_SHOT: dict[str, Any] = {
     "sparsity": None, "mask_structure": "0:0", "targets": "Linear", "ignore": [], "sequential_update": True, "sparsity_profile": None,
     "owl_m": None, "owl_lmbda": None,
 }  # fmt: skip

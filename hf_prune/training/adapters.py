@@ -51,9 +51,10 @@ class Adapters:
         self.model: nn.Module = model.get_base_model()
         self.layers: dict[str, Any] = {}
         self._others: dict[str, nn.Module] = {}  # what stands for a module that is trained whole
+        module: Any
         for name, module in self.model.named_modules():
             if isinstance(module, ModulesToSaveWrapper):
-                self._others[name] = module.modules_to_save[module.active_adapter]
+                self._others[name] = module.modules_to_save[str(module.active_adapter)]
             elif isinstance(module, BaseTunerLayer):
                 _require_plain_lora(name, module, Linear)
                 self.layers[name] = module
@@ -151,8 +152,8 @@ def _mask_layer(layer: Any, keep: Tensor) -> None:
     layer.get_delta_weight, layer.forward = get_delta_weight, forward
 
 
-def _require_plain_lora(name: str, layer: Any, linear: type) -> None:
-    if type(layer) is not linear:
+def _require_plain_lora(name: str, layer: Any, linear: Any) -> None:
+    if layer.__class__ is not linear:
         raise RecipeError(
             f"{name} is adapted by {type(layer).__name__}; of PEFT's adapters LoRA on linear layers can be pruned"
         )
