@@ -216,7 +216,7 @@ class _Bypass:
         self.n_calls += 1
         if not self.skipped[call]:
             return output
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
         if isinstance(output, Tensor):
             return _Skip.apply(hidden, output)
         return type(output)((_Skip.apply(hidden, output[0]), *output[1:]))
