@@ -148,17 +148,28 @@ def resize_(model: nn.Module, manifest: Any) -> None:
     """
     _check_top(manifest)
     _check_architecture(model, manifest["class"])
+    prefix, is_whole = manifest["base_model_prefix"], type(model).__name__ == manifest["class"]
     own = dict(model.named_modules())
-    prefix = manifest["base_model_prefix"]
+
+    def here(name: str) -> str:
+        """The name as saved, or, where this is the base model of the class that was saved, without its prefix."""
+        return name if name in own or not prefix else name.removeprefix(f"{prefix}.")
+
+    fewer = {name: entry for name, entry in manifest["modules"].items() if isinstance(entry, dict) and "kept" in entry}
+    for name, entry in fewer.items():  # first, since other names count the blocks that are left
+        is_ours = is_whole or (prefix and name.startswith(f"{prefix}."))
+        if is_ours and here(name) in own:
+            _check_kept(name, own[here(name)], entry)
+            keep_blocks_(model, here(name), entry["kept"])
+    if fewer:
+        own = dict(model.named_modules())
     entries: list[tuple[str, nn.Module, Any]] = []
     for name, entry in manifest["modules"].items():
-        # the name as saved, or, where this is the base model of the class that was saved, without its prefix
-        here = name if name in own or not prefix else name.removeprefix(f"{prefix}.")
-        module = own.get(here)
-        if module is not None:
+        module = own.get(here(name))
+        if module is not None and name not in fewer:
             _check_entry(name, module, entry)
-            entries.append((here, module, entry))
-        elif type(model).__name__ == manifest["class"]:
+            entries.append((here(name), module, entry))
+        elif module is None and is_whole:
             raise ManifestError(f"the manifest names module {_short(name)}, which {type(model).__name__} has not")
     for name, module, entry in entries:
         if "absent" not in entry:
@@ -166,6 +177,32 @@ def resize_(model: nn.Module, manifest: Any) -> None:
         elif absent_returns(module) is None:
             parent, _, child = name.rpartition(".")
             setattr(own[parent], child, Absent(module, entry["absent"]))
+
+
+def keep_blocks_(model: nn.Module, name: str, kept: list[int]) -> None:
+    """Leave the blocks of these numbers in the list `name`; once only, since parts of a model come here by themselves."""
+    blocks: Any = model.get_submodule(name)
+    if getattr(blocks, "_kept", None) is not None:
+        return
+    left = [blocks[number] for number in kept]
+    fewer: Any = nn.Sequential(*left) if isinstance(blocks, nn.Sequential) else nn.ModuleList(left)
+    fewer._kept = tuple(kept)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, fewer)
+
+
+def _check_kept(name: str, module: nn.Module, entry: Any) -> None:
+    kept = entry["kept"]
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(entry) > 1:
+        raise ManifestError(
+            f"the manifest's entry for {_name(name)!r} may hold kept alone, and that of a list of blocks"
+        )
+    n_blocks = max(getattr(module, "_kept", None) or [len(module) - 1]) + 1
+    numbers = isinstance(kept, list) and all(type(number) is int for number in kept)
+    if not numbers or not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= n_blocks:
+        raise ManifestError(
+            f"{_name(name)}.kept is {_short(kept)}; expected ascending numbers of its {n_blocks} blocks"
+        )
 
 
 def _check_top(manifest: Any) -> None:
@@ -192,7 +229,7 @@ def _check_architecture(model: Any, name: str) -> None:
     """Whether class `name` of Transformers is one of the model's type. Only names are compared: nothing is imported by them."""
     from transformers.models.auto import configuration_auto, modeling_auto  # not while Transformers is being imported
 
-    found = model.config.model_type
+    found = type(model.config).model_type  # what its class is for; the file may say another
     tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
     types = {
         known

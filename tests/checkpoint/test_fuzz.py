@@ -9,13 +9,14 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from hf_prune.checkpoint.format import sizes
 from hf_prune.checkpoint.modeling_hf_prune import ManifestError, resize_
 from hf_prune.errors import CheckpointError, RecipeError
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.shipped import shipped_recipes
+from tests import zoo
 from tests.checkpoint.shrunk import shrunk
 
 
@@ -74,6 +75,25 @@ def damaged(draw, document):
     return document["root"]
 
 
+def entries(module, fields):
+    """Entries that a module might have: names that are there, with numbers that may fit."""
+    tensors = {**module._parameters, **module._buffers}
+    numbers = [name for name, value in module.__dict__.items() if type(value) in (int, float)]
+    shapes = {
+        name: st.tuples(*(st.integers(1, max(size, 1)) for size in tensor.shape)).map(list)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    parts = {
+        "tensors": st.fixed_dictionaries(shapes)
+        | st.dictionaries(st.sampled_from([*tensors, "x"]), values, max_size=2),
+        "attributes": st.dictionaries(st.sampled_from([*numbers, "x"]), st.integers(-1, 70) | leaves, max_size=2),
+        "config": st.dictionaries(st.sampled_from(fields), st.integers(-1, 70) | leaves, max_size=2),
+    }
+    absent = st.sampled_from(["zeros", "hidden_states", ["zeros", None], ["zeros"]])
+    return st.fixed_dictionaries({}, optional=parts) | st.fixed_dictionaries({"absent": absent})
+
+
 def hypothesis_(n):
     return settings(
         max_examples=n, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -120,24 +140,35 @@ def _plain(config):
     return plain
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
 @EXAMPLES
-def test_a_damaged_manifest_in_a_config_is_a_checkpoint_error(n):
-    """Through Transformers' own construction, as `from_pretrained` goes."""
-    small, _ = shrunk("bert", targets=("ffn_neurons",))
-    n = n // 5
+def test_a_made_up_manifest_in_a_config_is_a_checkpoint_error(n, name):
+    """Through Transformers' own construction, as `from_pretrained` goes: modules that are there, with entries of any kind."""
+    stock = zoo.build_on_meta(name)
+    modules, fields = dict(stock.named_modules()), [each for each in dir(stock.config) if not each.startswith("__")]
+    prefix = stock.base_model_prefix if stock.base_model is not stock else ""
+    outcomes = {"taken": 0, "refused": 0}
 
-    @hypothesis_(n)
-    @given(damaged(small.config.hf_prune))
-    def one(manifest):
-        config = copy.deepcopy(small.config)
-        config.hf_prune = manifest
+    def one_entry(module):
+        return st.tuples(st.just(module), entries(modules[module], fields))
+
+    @hypothesis_(n // 5)
+    @given(st.lists(st.sampled_from([*modules]).flatmap(one_entry), min_size=1, max_size=2))
+    def one(entries):
+        config = copy.deepcopy(stock.config)
+        whole = {"version": 1, "class": type(stock).__name__, "base_model_prefix": prefix, "modules": dict(entries)}
+        config.hf_prune = whole
         with torch.device("meta"):
             try:
-                AutoModelForSequenceClassification.from_config(config)
+                zoo.MODELS[name][2].from_config(config)
             except CheckpointError as error:
+                outcomes["refused"] += 1
                 assert str(error)
+            else:
+                outcomes["taken"] += 1
 
     one()
+    assert all(outcomes.values()), f"{outcomes}: one outcome was never tried"
 
 
 @EXAMPLES
