@@ -140,7 +140,8 @@ def load_base(about: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
         raise PruneError(
             f"the plan is for a {about.get('class')!r}, which Transformers doesn't have; load it and call `apply_`"
         )
-    return found.from_pretrained(base, **{"revision": about.get("commit") or "main", **options})
+    model_class: Any = found
+    return model_class.from_pretrained(base, **{"revision": about.get("commit") or "main", **options})
 
 
 def _card(repo_id: str, base_model: str, commit: str) -> str:

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from hf_prune.cli.export import export
 from hf_prune.cli.inspect import inspect
 from hf_prune.cli.push import push
 from hf_prune.cli.recipes import recipes
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (run, validate, inspect, sensitivity, recipes, report, push):
+for command in (run, validate, inspect, sensitivity, recipes, report, export, push):
     app.command()(command)
 
 # the user's to mend, whoever met them: no space left, quota, read-only, no permission

@@ -15,7 +15,7 @@ from tests.checkpoint.shrunk import shrunk
 from tests.job import inputs
 
 
-COMMANDS = ("run", "validate", "inspect", "recipes", "report", "push")
+COMMANDS = ("run", "validate", "inspect", "recipes", "report", "export", "push")
 
 
 def process(*arguments, **options):
