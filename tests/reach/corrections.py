@@ -19,7 +19,8 @@ BY_LAYER = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROP
 SWIN = {"image_size": 32, "patch_size": 2, "window_size": 2}
 HIERA = {
     "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 1, 2, 1],
-    "num_attention_heads_per_stage": [1, 2, 4, 8], "global_attention_blocks": [2],
+    "num_attention_heads_per_stage": [1, 2, 4, 8], "global_attention_blocks": [], "window_size_per_stage": [4, 4, 4, 4],
+    "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
 SAM2 = {"backbone_config": HIERA, "backbone_channel_list": [256, 128, 64, 32]}
 # Linear attention in most layers, full attention in the last of four.
@@ -46,15 +47,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0},
     "colqwen2": {"vlm_config": {"text_config": MROPE}},
     "deepseek_ocr2": {
-        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "text_config": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]},
         "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
     },
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
-    "efficientloftr": {"hidden_size": 256},
-    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}},
+    "efficientloftr": {"hidden_size": 256, "num_attention_heads": 8},
+    "ernie4_5_vl_moe": {"text_config": {"moe_k": 2, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}},
     "exaone4_5_vision": QWEN_VISION,
     "fastspeech2_conformer_with_hifigan": {"model_config": {"num_mel_bins": 80}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "granite_speech": {"window_size": 15},
     "granite_speech_plus": {"window_size": 15},
     "granite_speech5_ctc": {"encoder_config": {"num_key_value_heads": 4}},
@@ -69,7 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sam2_vision_model": SAM2,
     "sam2_hiera_det_model": HIERA,
     "seggpt": {"image_size": [64, 32]},
-    "tvp": {"visual_prompt_size": 4, "max_img_size": 32},
+    "tvp": {"num_frames": 4, "visual_prompt_size": 4, "max_img_size": 64},
     "upernet": {"backbone_config": {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}},
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {
@@ -78,9 +79,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hybrid_layer_ids": [1, 3],
     },
     "zoedepth": {"bottleneck_features": 32},
+    "kimi_k25": {"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}},
+    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
+    "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 48}}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}},
     "dots3_note": {"text_config": {"pyramid_num_routed": [-1, 4, 4]}},
-    "moonshine_streaming": {"num_key_value_heads": 2},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "paddleocr_vl": {"text_config": MROPE},
+    "neucodec": {"quantization_dim": 64},
     "muse_glimmer": {"out_hidden_size": 128},
     "musicflamingo": {"audio_token_id": 150},
     "neomme": {"head_dim": 16},
@@ -130,7 +136,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": BY_LAYER,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [2, 1, 1, 0]},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [2, 1]},
     "donut-swin": SWIN,
     "swin": SWIN,
     "eomt": {"num_blocks": 2},
@@ -147,7 +153,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pocket_tts": {"flow_head_config": {"condition_dim": 32}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "grounding-dino": {"max_text_len": 12, "num_queries": 4, "backbone_config": SWIN},
-    "mm-grounding-dino": {"num_queries": 4, "backbone_config": SWIN},
+    "mm-grounding-dino": {"max_text_len": 12, "num_queries": 4, "backbone_config": SWIN},
     "layoutlmv3": {"input_size": 32, "coordinate_size": 6, "shape_size": 4},
     "led": {"attention_window": 4},
     "levit": {"image_size": 64, "patch_size": 16},
@@ -169,17 +175,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mimi": {"vector_quantization_hidden_dimension": 32},
     "mobilevitv2": {"image_size": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [2, 1]}},
-    "qwen3_asr": {"audio_config": {"n_window": 8, "n_window_infer": 32}},
-    "qwen3_asr_encoder": {"n_window": 8, "n_window_infer": 32},
     "sam": {"vision_config": {"num_pos_feats": 16, "output_channels": 32}},
     "sam_hq": {"vision_config": {"num_pos_feats": 16, "output_channels": 32}, "mask_decoder_config": {"vit_dim": 32}},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "vitmatte": {
-        "backbone_config": {"num_channels": 4},
+        "backbone_config": {"num_channels": 4, "patch_size": 16},
         "fusion_hidden_sizes": [32, 32, 32, 32],
-        "convstream_hidden_sizes": [16, 16, 16],
+        "convstream_hidden_sizes": [48, 96, 192],
     },
     "wav2vec2-bert": {"vocab_size": 160},
     "wav2vec2-conformer": {"vocab_size": 160},
@@ -264,7 +268,7 @@ INPUTS: dict[str, dict[str, Make | None]] = {
         name: {"pixel_values": several_images}
         for name in (
             "idefics", "idefics2", "idefics3", "smolvlm", "modernvbert", "colmodernvbert", "ultravbert", "lightglue", "superglue",
-            "timesformer", "llava_next", "llava_onevision", "granite_docling", "llava_next_video",
+            "timesformer", "llava_next", "llava_onevision", "llava_next_video",
         )
     },
     **{
@@ -320,19 +324,36 @@ INPUTS: dict[str, dict[str, Make | None]] = {
         "pixel_values": floats(1, 4, 3, 32, 32), "aspect_ratio_ids": ones(1), "aspect_ratio_mask": ones(1, 4),
         "cross_attention_mask": ones(LENGTH, 1, 4),
     },
-    "inkling2": {"pixel_values": lambda d: d.floats(8, 16, 16, 3)},
-    "inkling2_vision": {"pixel_values": lambda d: d.floats(8, 16, 16, 3)},
+    "inkling2": {"pixel_values": lambda d: d.floats(32, 16, 16, 3)},
+    "inkling2_vision": {"pixel_values": lambda d: d.floats(32, 16, 16, 3)},
     "inkling_mm_model": {"pixel_values": lambda d: d.floats(4, 2, 8, 8, 3)},
     "vibevoice_acoustic_tokenizer": {"input_values": floats(1, 6400)},
     "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": floats(1, 6400)},
     "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": floats(32, 2)},
     "pp_ocrv6_small_rec": {"pixel_values": floats(3, 48, 64)},
     "pp_ocrv6_tiny_rec": {"pixel_values": floats(3, 48, 64)},
+    "efficientloftr": {"pixel_values": several_images},
+    "glm_image": {"pixel_values": None, "image_grid_thw": None},
+    "granite_docling": {"pixel_attention_mask": ones(1)},
+    "granite_speech": {"input_features": floats(64, 160), "input_features_mask": None},
+    "granite_speech_plus": {"input_features": floats(64, 160), "input_features_mask": None},
+    "molmo2": {"pixel_values": None},
+    "moss_transcribe_diarize": {"padding_mask": ones(64)},
+    "nemotron_h_omni": {"pixel_values": None},
+    "neucodec": {"input_features": floats(64, 160), "input_values": floats(1, 20480)},
+    "xcodec2": {"input_features": floats(64, 160), "input_values": floats(1, 20480)},
+    "pi0": {"pixel_values": floats(1, 3, 32, 32), "pixel_attention_mask": lambda d: torch.ones(BATCH, 1, dtype=torch.bool), "state": floats(32), "actions": floats(50, 32)},
+    "qwen3_asr": {"input_features": floats(16, 200)},
+    "qwen3_asr_encoder": {"input_features": floats(16, 200)},
+    "tvp": {"pixel_values": floats(4, 3, 64, 64)},
+    "muse_spark": {"pixel_values": flat(2), "input_values": floats(3840)},
+    "voxtral_realtime": {"input_ids": ids(8), "input_features": channels_first},
+    "muse_glimmer_assistant": {"noise_embeds": floats(4, 32), "context_hidden_states": floats(6, 160)},
     "muse_spark_audio": {"input_values": floats(3840)},
     "musicgen": {"decoder_input_ids": lambda d: d.ids(4 * BATCH, 7, high=30)},
     "musicgen_melody": {"decoder_input_ids": lambda d: d.ids(4 * BATCH, 7, high=30), "input_features": floats(7, 12)},
-    "paddleocr_vl": {"pixel_values": lambda d: d.floats(1, 32, 3, 8, 8)},
-    "pp_ocrv5_mobile_rec": {"pixel_values": floats(3, 48, 64)},
+    "paddleocr_vl": {"pixel_values": lambda d: d.floats(32, 3, 8, 8)},
+    "pp_ocrv5_mobile_rec": {"pixel_values": floats(3, 96, 320)},
     "pp_ocrv5_server_rec": {"pixel_values": floats(3, 48, 64)},
     "qwen2_audio": {
         "input_ids": lambda d: torch.cat([torch.full((BATCH, 1), d.size("audio_token_index")), d.ids(BATCH, LENGTH)], 1)
@@ -352,10 +373,12 @@ INPUTS: dict[str, dict[str, Make | None]] = {
     "video_llama_3_vision": {"merge_sizes": constant(torch.tensor([1] * BATCH))},
     "videomt": {"pixel_values_videos": video},
     "vitmatte": {"backbone_config": {"num_channels": 4}, "pixel_values": floats(4, 32, 32)},
-    **{name: {"input_features": channels_first} for name in ("audioflamingo3", "clvp", "glmasr", "glmasr_encoder", "qwen3_asr", "qwen3_asr_encoder", "voxtral_realtime_encoder")},
+    **{name: {"input_features": channels_first} for name in ("audioflamingo3", "clvp", "glmasr", "glmasr_encoder",   "voxtral_realtime_encoder")},
 }  # fmt: skip
 # model type -> fields without which the default config itself can't be made
-FIRST: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
+FIRST: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+}
 # model type -> the Auto class that shows most of it, where the general order of heads is wrong
 AUTO: dict[str, str] = {
     "detr": "AutoModelForObjectDetection",
