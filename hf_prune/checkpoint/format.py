@@ -153,6 +153,12 @@ def refresh_auto_map_(model: PreTrainedModel) -> None:
         }
 
 
+def kept_blocks(config: Any) -> dict[str, list[int]]:
+    """The stacks of which an earlier manifest says the blocks that are left, by their numbers in the stock model."""
+    modules = (getattr(config, "hf_prune", None) or {}).get("modules", {})
+    return {name: entry["kept"] for name, entry in modules.items() if "kept" in entry}
+
+
 def drop_manifest_(config: Any) -> None:
     """Take every trace of the manifest out of a config."""
     config.__dict__.pop("hf_prune", None)

@@ -19,13 +19,14 @@ from hf_prune.apply.replace import add_bias_, takes_bias
 from hf_prune.checkpoint.format import (
     differing,
     drop_manifest_,
+    kept_blocks,
     manifest_of,
     put_manifest_,
     sizes,
     view_fields,
     without_drift,
 )
-from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, absent_returns, resize_
+from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, absent_returns, keep_blocks_, resize_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
 from hf_prune.structure.layouts import LAYER_INDEX_LISTS, TOP_K_NAMES
@@ -71,6 +72,7 @@ FIELDS = {"ffn_neurons": WIDTH_FIELDS, "attention_heads": HEAD_FIELDS, "experts"
 # Lists of a config with one entry a layer have one of these in their name.
 PER_LAYER_WORDS = ("layer", "block", "_types")
 
+Kept = dict[str, list[int]]  # name of a stack -> the old numbers of its blocks
 Edit = dict[tuple[str, str], Any]  # (path of the nested config, field) -> value
 
 
@@ -91,15 +93,32 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         kept_layers: for each stack that lost layers, the old numbers of those that stay.
 
     Raises:
-        UnsupportedModelError: no config field holds the depth of a stack that lost layers, or not even a manifest says
-            the model as it is (something other than sizes was changed).
+        UnsupportedModelError: not even a manifest says the model as it is (something other than sizes was changed).
     """
     if not isinstance(model, PreTrainedModel):
         return Verdict("torch", "not a Transformers model: save its state dict yourself")
+    earlier = kept_blocks(model.config)
+    if not earlier:
+        try:
+            return _settle(model, kept_layers, {})
+        except UnsupportedModelError:
+            if not kept_layers:
+                raise
+    # no config builds so few blocks, or such: then it goes on building all, and the manifest says which are kept
+    now = {
+        stack: [earlier[stack][n] for n in kept] if stack in earlier else list(kept)
+        for stack, kept in kept_layers.items()
+        if len(model.get_submodule(stack)) == len(kept)  # but for a shared block, whose number of calls the config says
+    }
+    return _settle(model, {}, {**earlier, **now})
+
+
+def _settle(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]], listed: Kept) -> Verdict:
+    """Stacks in `kept_layers` get their depth by an edit of the config, those in `listed` by the manifest."""
     config = _plain_copy(model.config)
     depth = _depth_edit(model, config, kept_layers)
     with_depth = _edited(config, depth)
-    base = _build(model, with_depth)
+    base = _build(model, with_depth, listed)
     if base is None:
         raise UnsupportedModelError(f"{type(model).__name__} can't be built from its config once layers are dropped")
     views = view_fields(model)
@@ -110,7 +129,7 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
     for edit in chain(_width_edits(model, base, with_depth), _bias_edits(with_depth) if has_new_biases else ()):
         if not missing:
             break
-        built = _build(model, _edited(with_depth, {**widths, **edit}))
+        built = _build(model, _edited(with_depth, {**widths, **edit}), listed)
         if built is None:
             continue
         remaining, unset = _missing(model, wanted, sizes(built, views), has_new_biases)
@@ -120,10 +139,14 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         # where parts of layers have left, no config says all; the neurons' widths that one can say are worth saying
         # (numbers of heads aren't: head sizes and rotary angles may follow from them)
         widths = {key: value for key, value in widths.items() if key[1] in WIDTH_FIELDS and _has_absent(model)}
-        widths = widths if widths and _fits(model, _edited(with_depth, widths), wanted, views) else {}
+        widths = widths if widths and _fits(model, _edited(with_depth, widths), wanted, views, listed) else {}
     edits = {**depth, **widths}
-    final = _build(model, _edited(config, edits))
+    final = _build(model, _edited(config, edits), listed)
     assert final is not None
+    manifest = manifest_of(model, final)
+    if missing or listed:
+        _prove(final, manifest, wanted, views)
+    manifest["modules"] |= {stack: {"kept": kept} for stack, kept in listed.items()}
     _adopt(model, final, edits)
     said = {f"{path}.{name}" if path else name: value for (path, name), value in edits.items()}
     if not missing and zeros:
@@ -131,7 +154,7 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
             add_bias_(model.get_submodule(name.rpartition(".")[0]))
         wanted = without_drift(sizes(model, views), sizes(final, views))
         assert not differing(wanted, sizes(final, views))
-    if not missing:
+    if not missing and not listed:
         drop_manifest_(model.config)
         for module in model.modules():
             if isinstance(view := module.__dict__.get("config"), ConfigView):
@@ -140,9 +163,9 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         if zeros:
             why += f", with {len(zeros)} biases of zeros beside those that were added"
         return Verdict("transformers", why, said)
-    manifest = manifest_of(model, final)
-    _prove(final, manifest, wanted, views)
     put_manifest_(model, manifest)
+    if listed:
+        return Verdict("hf_prune", f"no stock config says which blocks {', '.join(listed)} are left with", said)
     if n_absent := sum("absent" in entry for entry in manifest["modules"].values()):
         return Verdict("hf_prune", f"no stock config says that {n_absent} modules have left layers that stay", said)
     n_modules = len(manifest["modules"])
@@ -163,9 +186,11 @@ def _has_absent(model: nn.Module) -> bool:
     return any(absent_returns(module) is not None for module in model.modules())
 
 
-def _fits(model: PreTrainedModel, config: Any, wanted: Mapping[str, Any], views: Sequence[tuple[str, str]]) -> bool:
+def _fits(
+    model: PreTrainedModel, config: Any, wanted: Mapping[str, Any], views: Sequence[tuple[str, str]], listed: Kept
+) -> bool:
     """Whether a manifest gives what `config` builds the sizes of the live model."""
-    built = _build(model, config)
+    built = _build(model, config, listed)
     try:
         if built is not None:
             _prove(built, manifest_of(model, built), wanted, views)
@@ -228,11 +253,14 @@ def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int, leavi
 # building and comparing
 
 
-def _build(model: PreTrainedModel, config: Any) -> PreTrainedModel | None:
-    """The model's class on the meta device; None where the config's own checks refuse."""
+def _build(model: PreTrainedModel, config: Any, listed: Kept | None = None) -> PreTrainedModel | None:
+    """The model's class on the meta device, with the blocks that are listed; None where the config's own checks refuse."""
     try:
         with torch.device("meta"):
-            return type(model)(copy.deepcopy(config))
+            built = type(model)(copy.deepcopy(config))
+        for stack, kept in (listed or {}).items():
+            keep_blocks_(built, stack, kept)
+        return built
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, AssertionError):
         return None
 
