@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,8 @@ def verify(
     for batch in batches:
         with watcher if n_batches == 0 else _Nothing():
             expected = _outputs(masked(**batch))
-        actual = _outputs(smaller(**batch))
+        with _running(f"the smaller {type(smaller).__name__}"):
+            actual = _outputs(smaller(**batch))
         for name, reference in expected.items():
             worst = _worse(worst, _relative_max(actual.get(name), reference))
         n_batches += 1
@@ -86,6 +88,20 @@ def verify(
             f"{worst:.2e}, at most {tolerance:.0e} in {dtype}. The model is as it was."
         )
     return Verification(worst, tolerance, str(dtype).removeprefix("torch."), inputs, n_batches, difference, site)
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """What doesn't run without its masked units computes something else too."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        raise VerificationError(
+            f"{name} doesn't run once its masked units are removed ({type(error).__name__}: {error}). The model is as it "
+            "was; exclude this site, choose sizes with `round_to`, or report its layout."
+        ) from error
 
 
 class _Nothing:
@@ -131,11 +147,13 @@ class _SiteWatcher:
             args, kwargs = without_cache(args), without_cache(kwargs)
             reference = first_tensor(output)
             if reference.dtype in (torch.float32, torch.float64):
-                actual = first_tensor(counterpart.forward(*args, **kwargs))
+                with _running(name):
+                    actual = first_tensor(counterpart.forward(*args, **kwargs))
             else:  # half precision hides a real difference behind rounding: compare float32 copies
                 args, kwargs = _to_float32(args), _to_float32(kwargs)
                 reference = first_tensor(copy.deepcopy(module).float().forward(*args, **kwargs))
-                actual = first_tensor(copy.deepcopy(counterpart).float().forward(*args, **kwargs))
+                with _running(name):
+                    actual = first_tensor(copy.deepcopy(counterpart).float().forward(*args, **kwargs))
             self.differences[name] = _worse(self.differences.get(name, 0.0), _relative_l2(actual, reference))
 
         return hook

@@ -35,6 +35,11 @@ def roll_(weight, dim=0):
 
 # what a faulty removal may leave: (model, target, what is wrong with the smaller model)
 FAULTS = {
+    "a projection that doesn't fit": (
+        "llama",
+        "attention_heads",
+        lambda m: setattr(m.model.layers[1].self_attn, "o_proj", torch.nn.Linear(5, 32)),
+    ),
     "rows of other neurons": (
         "bert",
         "ffn_neurons",
