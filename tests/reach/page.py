@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tests.reach.census import KINDS, reviewed
-from tests.reach.proof import HELD_AS, SCOPES, TARGETS
+from tests.reach.proof import SCOPES, TARGETS, counted
 from tests.reach.zoo import model_types
 
 
@@ -97,8 +97,8 @@ def _counts(by_type: dict[str, dict[str, Any]]) -> list[str]:
 
 def holds(model_type: str, row: dict[str, Any], target: str) -> bool:
     """By the reviewed census; every model holds weights."""
-    entry = reviewed(model_type) or row.get("census") or dict.fromkeys(KINDS, [])
-    return target == "weights" or bool(entry[HELD_AS[target]])
+    entry = reviewed(model_type) or row.get("census") or {kind: [] for kind in KINDS}
+    return target == "weights" or bool(counted(target, entry))
 
 
 def _cell(outcome: str, notes: dict[str, int]) -> str:

@@ -44,6 +44,7 @@ HELD_AS = {  # what the census calls that which a target is about
     "layers.attention": "attention",
     "layers.feed_forward": "feed_forward",
 }
+N_DRAWS = 6
 END_TO_END = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
@@ -105,7 +106,7 @@ def _refused(subject: Subject, target: str, refusal: PruneError, held: Mapping[s
     said = re.search(r"can be pruned: (.*?)\. Found: ", str(refusal), re.DOTALL)
     reason = said[1] if said else f"{type(refusal).__name__}: {refusal}"
     if said and reason.startswith("no block matches a known layout"):
-        if target != "weights" and not held.get(HELD_AS[target]):
+        if target != "weights" and not counted(target, held):
             return "none"
         raise Wrong("missed in silence")
     return f"refused: {_short(reason)}"
@@ -113,9 +114,9 @@ def _refused(subject: Subject, target: str, refusal: PruneError, held: Mapping[s
 
 def _proven(subject: Subject, target: str, scope: str, held: Mapping[str, list[str]]) -> str:
     kind, _, part = target.partition(".")
-    step = {"target": kind, "sparsity": 0.5, "scope": scope, "criterion": "l1" if kind == "weights" else "random"}
-    recipe = {"version": 1, "name": "proof", "prune": [step | ({"part": part} if part else {})]}
-    plan = make_plan(subject.model, recipe, calibration=[subject.inputs])
+    plan = _plan(subject, kind, part, scope)
+    if kind != "weights" and all(keep.all() for keep in plan.masks.units.values()):
+        return "refused: of the single unit of each site none can leave"
     masked = copy.deepcopy(subject.model)
     apply_(masked, plan)
     reference = outputs(masked, subject.inputs)
@@ -138,6 +139,22 @@ def _proven(subject: Subject, target: str, scope: str, held: Mapping[str, list[s
     return "proven" + (f" ({', '.join(notes)})" if notes else "")
 
 
+def _plan(subject: Subject, kind: str, part: str, scope: str) -> PruningPlan:
+    """Half of what there is; by another draw where the one leaves a stack without what its other blocks depend on."""
+    step = {"target": kind, "sparsity": 0.5, "scope": scope, "criterion": "l1" if kind == "weights" else "random"}
+    recipe = {"version": 1, "name": "proof", "prune": [step | ({"part": part} if part else {})]}
+    for seed in range(N_DRAWS):
+        plan = make_plan(subject.model, recipe | {"seed": seed}, calibration=[subject.inputs])
+        try:
+            apply_(copy.deepcopy(subject.model), plan)
+        except PruneError as refusal:
+            if "keep one" not in str(refusal) or seed == N_DRAWS - 1:
+                raise
+        else:
+            return plan
+    raise AssertionError("a draw was taken or raised")
+
+
 def _checked(subject: Subject, smaller: nn.Module) -> Iterator[str]:
     """Save, load, generate and train what is left; names of the checks that the dense model fails too."""
     inputs, checks = subject.inputs, {"save": _saved_and_loaded, "generate": generated, "train": trained}
@@ -154,16 +171,25 @@ def _checked(subject: Subject, smaller: nn.Module) -> Iterator[str]:
 
 
 def missed(structure: ModelStructure, target: str, held: Mapping[str, list[str]]) -> list[str]:
-    """What the census holds of a target and hf_prune neither found nor refused. Names have `*` for numbers."""
+    """What the census holds of a target and hf_prune neither found nor refused. Names have `*` for numbers.
+
+    Parts are those of layers, and count by stack: an attention to another stack is no part, by definition.
+    """
     if target == "weights":
         return []
-    kind, _, part = target.partition(".")
     own = [site for site in structure.sites if site.kind == target]
-    places = [site.name for site in own] + [piece.module for site in own for piece in site.slices]
-    places += [block for site in own for block in (site.name, *site.blocks)]
-    places += [r.name for r in structure.refusals if r.target == kind and (not part or r.part == part)]
+    places = [name for site in own for name in (site.name, *site.blocks, *(piece.module for piece in site.slices))]
+    places += [refusal.name for refusal in structure.refusals if refusal.kind == target]
     known = {starred(place) for place in places}
-    return sorted(name for name in held.get(HELD_AS[target], []) if not any(_overlap(name, place) for place in known))
+    return [name for name in counted(target, held) if not any(_overlap(name, place) for place in known)]
+
+
+def counted(target: str, held: Mapping[str, list[str]]) -> list[str]:
+    """What of the census a target is about: of parts, the stacks whose blocks hold one."""
+    names = held.get(HELD_AS.get(target, ""), [])
+    if "." not in target:
+        return names
+    return [stack for stack in held.get("layers", []) if any(name.startswith(f"{stack}.") for name in names)]
 
 
 def starred(name: str) -> str:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class _Watcher(TorchDispatchMode):
         for number, is_nonlinear in states.maps.items():
             before = self.maps[number]
             if is_nonlinear and not states.is_mixed and before.d_in == d_out and before.d_out in (d_in, 2 * d_in):
-                self.found.feed_forward.add(self._common(before.module, here) + ("" if d_in >= d_out else "!"))
+                self.found.feed_forward.add(self._common(before.module, here))
         self.maps.append(LinearMap(here, d_in, d_out))
         return Mark(maps={len(self.maps) - 1: False})
 
@@ -232,7 +233,7 @@ def _stacks(model: nn.Module, watcher: _Watcher) -> Iterator[str]:
         calls = watcher.calls.get(name, [])
         if any(name.startswith(f"{other}.") for other in found):
             continue
-        for (one, _, given), (other, taken, _) in zip(calls, calls[1:], strict=False):
+        for (one, _, given), (other, taken, _) in pairwise(calls):
             alike = (
                 (one != other or len(module) == 1)
                 and type(module[one]) is type(module[other])
