@@ -17,6 +17,7 @@ from hf_prune.checkpoint.modeling_hf_prune import ConfigView, set_sizes
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
 from hf_prune.structure.naming import parents
+from hf_prune.structure.sites import TensorSlice
 
 
 @dataclass
@@ -80,16 +81,20 @@ def remove_masked_(
     return record
 
 
+def kept_index(piece: TensorSlice, keep: Tensor, size: int) -> Tensor:
+    """Of a dimension of `size` entries, those that stay; those that belong to no unit too: multi-query attention's key and value."""
+    gone = torch.nonzero(~keep).reshape(-1)
+    stays = torch.ones(size, dtype=torch.bool).index_fill_(0, piece.index(gone), False)
+    return torch.nonzero(stays).reshape(-1)
+
+
 def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tensor]) -> None:
     """Slice every tensor of the site to its kept units, along with the masks of its single weights."""
-    gone = torch.nonzero(~keep).reshape(-1)
-    n_kept = site.n_units - len(gone)
+    n_kept = int(keep.sum())
     for piece in site.slices:
         module = model.get_submodule(piece.module)
         parameter = getattr(module, piece.tensor)
-        # entries that belong to no unit stay: the one key and value of multi-query attention
-        stays = torch.ones(parameter.shape[piece.dim], dtype=torch.bool).index_fill_(0, piece.index(gone), False)
-        index = torch.nonzero(stays).reshape(-1)
+        index = kept_index(piece, keep, parameter.shape[piece.dim])
         smaller = parameter.detach().index_select(piece.dim, index.to(parameter.device))
         setattr(module, piece.tensor, nn.Parameter(smaller, requires_grad=parameter.requires_grad))
         if piece.name in weights:

@@ -15,7 +15,7 @@ from hf_prune.recipe.yaml import KeyPath, Mistake
 
 
 # What the language knows and this version does not: (last key, value or None for any).
-LATER: tuple[tuple[str, Any], ...] = (("shrink", "when_final"),)
+LATER: tuple[tuple[str, Any], ...] = ()
 # Pydantic's kinds of mistakes in our words; braces are filled from its context
 _TEXTS = {
     "int_type": "expected a whole number",

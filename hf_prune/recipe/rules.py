@@ -128,7 +128,7 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if compensation.add and target == "layers":
             yield "compensation", "add gives a bias to what lost heads or neurons; drop it from a step of layers"
     schedule = step.get("schedule")
-    if isinstance(schedule, Mapping) and schedule.get("shrink") == "never":
+    if isinstance(schedule, Mapping) and schedule.get("shrink") in ("never", "when_final"):
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
     if isinstance(schedule, Mapping) and schedule.get("rewind") is not None:
         yield "schedule", "rewind is said once for all steps, in the recipe's own schedule"

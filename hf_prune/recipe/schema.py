@@ -57,7 +57,7 @@ class Schedule(Section):
     begin: float = Field(0.1, ge=0, le=1)
     end: float = Field(0.6, ge=0, le=1)
     updates: Count = 20
-    shrink: Literal["at_end", "never"] = "at_end"
+    shrink: Literal["at_end", "when_final", "never"] = "at_end"
     rewind: float | None = Field(None, ge=0, le=1)
 
     @model_validator(mode="after")

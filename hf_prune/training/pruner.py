@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_prune.apply import present
-from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
+from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of, set_masks
 from hf_prune.calibration.batches import first_sample
 from hf_prune.errors import CheckpointError, RecipeError
-from hf_prune.pipeline import apply_, finish_, verification_batches
+from hf_prune.pipeline import apply_, finish_, shrink_, verification_batches
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
@@ -29,6 +30,7 @@ from hf_prune.structure.sites import kind_of
 from hf_prune.training.movement import Movement
 from hf_prune.training.rewinding import Rewinding
 from hf_prune.training.schedule import updates
+from hf_prune.training.shrinking import Following, Pace, require_whole, wrap_again_
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,9 @@ class Pruner:
     that clipping doesn't see them; moments when the mask changes; the entries themselves after every step. With an
     optimizer that Accelerate prepared, `step()` counts only where the optimizer stepped (gradient accumulation).
 
+    With `schedule.shrink: when_final` the step that ends the schedule makes the model smaller, and verifies it; the optimizer's
+    state is sliced along, and DistributedDataParallel, if `model` is one, made anew in place.
+
     Args:
         model: possibly wrapped for several processes.
         optimizer: over the model's parameters, possibly prepared by Accelerate. Criteria that score training (movement) read
@@ -62,10 +67,20 @@ class Pruner:
         n_steps: optimizer steps of the whole training, of which the schedule's `begin` and `end` are fractions.
         calibration: keyword inputs of the model, or a function that gives them anew at every update.
         distills: whether the loop adds the recipe's `distillation` to its loss; the pruner never sees the loss.
+        inputs: what `calibration` is, as the report says it: "calibration", "training" or "evaluation".
+        is_shrunk: the model is as small already as the state says that is loaded next.
 
     Raises:
         RecipeError: the recipe can't be accepted.
     """
+
+    def __new__(cls, model: nn.Module, *args: Any, **named: Any) -> Pruner:
+        peft = sys.modules.get("peft")
+        if cls is Pruner and peft is not None and isinstance(unwrap(model), peft.PeftModel):
+            from hf_prune.training.adapters import AdaptedPruner
+
+            cls = AdaptedPruner
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -76,8 +91,10 @@ class Pruner:
         n_steps: int,
         calibration: Batches | Callable[[], Batches] | None = None,
         distills: bool = False,
+        inputs: str = "calibration",
+        is_shrunk: bool = False,
     ):
-        self.model = unwrap(model)
+        self.model, self._wrapped = unwrap(model), model
         # Accelerate's wrapper, if it is one, holds torch's optimizer and knows whether a step is accumulating only
         self._accumulation = getattr(optimizer, "gradient_state", None)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -88,16 +105,24 @@ class Pruner:
                 "the recipe's `distillation` changes the loss, which only PruningTrainer and PruningMixin compute; take one of "
                 "them, or drop the section"
             )
-        self.calibration = calibration
+        if self.recipe.schedule.shrink == "when_final":
+            require_whole(model)
+        self.calibration, self.inputs = calibration, inputs
         self.n_done = 0
+        self.is_shrunk = is_shrunk
+        self.report: PruningReport | None = None  # of what was shrunk in the middle of training
+        self._pace = Pace()
         self.plan: PruningPlan | None = None
         self.updates = [updates(step.schedule or self.recipe.schedule, n_steps) for step in self.recipe.prune]
         self.last_update = max(max(of_step) for of_step in self.updates)
         self.seconds = 0.0
+        self._obstacle: str | None = None  # why the model was not shrunk when the schedule ended
         self._sparsity: dict[str, float] | None = None  # counting takes time, and only updates change it
         self._hooks: list[RemovableHandle] = []
         self._structure = inspect_model(self.model)
-        self._movement = Movement(self.model, self._structure, self.recipe, self.optimizer)
+        self._movement: Movement | None = None
+        if not is_shrunk:
+            self._movement = Movement(self.model, self._structure, self.recipe, self.optimizer)
         self._rewinding = Rewinding(self.recipe, n_steps, self.model)
         with torch.random.fork_rng(devices=[]):
             batches, _ = verification_batches(self.model, self._batches(), "", at_most=1)
@@ -107,16 +132,17 @@ class Pruner:
     @property
     def is_final(self) -> bool:
         """Whether the schedule has ended: the masks won't change any more."""
-        return self.n_done >= self.last_update
+        return self.is_shrunk or self.n_done >= self.last_update
 
     def step(self) -> bool:
         """Call after each `optimizer.step()`. Returns whether masks changed."""
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             return False
         self.n_done += 1
-        if not any(self.n_done in of_step for of_step in self.updates):
+        if self.is_shrunk or not any(self.n_done in of_step for of_step in self.updates):
             enforce_(self.model)
             self._rewinding.look(self.n_done, self.model)
+            self._pace.lap(time.perf_counter(), "shrunk" if self.is_shrunk else "masked")
             return False
         self._rewinding.look(self.n_done, self.model)
         started = time.perf_counter()
@@ -126,45 +152,63 @@ class Pruner:
             calibration=self._batches(),
             progress=[self._progress(of_step) for of_step in self.updates],
             previous=self.plan,
-            movement=self._movement.sums,
+            movement=self._movement.sums if self._movement else None,
         )
         apply_(self.model, self.plan)
-        self._movement.forget(masks_of(self.model))
+        if self._movement:
+            self._movement.forget(masks_of(self.model))
         self._watch_gradients()
         self._zero_moments()
         if self.n_done == self.last_update:
             self._rewinding.rewind_(self.model, self.optimizer)
         self.seconds += time.perf_counter() - started
+        if self.n_done == self.last_update and self.recipe.schedule.shrink == "when_final":
+            self._shrink_on_the_way()
+        self._pace.lap(time.perf_counter(), "masked", counts=False)
         return True
 
     def sparsity(self) -> dict[str, float]:
         """The fraction that has left, by kind (target, and part of layers), of what earlier steps left there."""
         if self._sparsity is None:
-            reached = present.sparsity(self._structure, masks_of(self.model))
+            if self.is_shrunk and self.report is not None:
+                reached = self.report.content["sparsity"]
+            else:
+                reached = present.sparsity(self._structure, masks_of(self.model))
             self._sparsity = {kind_of(step.target, step.part): 0.0 for step in self.recipe.prune} | reached
         return self._sparsity
 
     def finish(
-        self, *, batches: Batches | None = None, inputs: str = "calibration", verify: bool = True
+        self, *, batches: Batches | None = None, inputs: str | None = None, verify: bool = True
     ) -> PruningReport:
         """Remove what is masked, verify, report. The optimizer holds the old parameters from then on.
 
-        Before the schedule's end, the model is as sparse as it has become, and the report and a warning say so.
+        Before the schedule's end, the model is as sparse as it has become, and the report and a warning say so. What was shrunk in
+        the middle of training is reported only.
 
         Args:
             batches: to verify on; the calibration data if not given.
-            inputs: what the batches are: "calibration", "training" or "evaluation".
+            inputs: what the batches are: "calibration", "training" or "evaluation"; as at first if not given.
             verify: compare the smaller model with the masked one.
 
         Raises:
             VerificationError: they differ; the model is the masked one, as trained.
         """
         self.detach()
+        if self.is_shrunk and self.report is not None:
+            if pace := self._pace.measured():
+                self.report.content["measured"]["step_seconds"] = pace
+                self.report.attach_(self.model)
+            return self.report
         plan = self.plan or PruningPlan(steps=[])
         if not self.is_final:
             early = f"training stopped at step {self.n_done}, before the schedule's end at {self.last_update}"
             plan = replace(plan, notes=[*plan.notes, f"{early}: the sparsity is not what the recipe asks for"])
             logger.warning(plan.notes[-1])
+        if self.recipe.schedule.shrink == "when_final" and self.is_final and self._obstacle:
+            plan = replace(plan, notes=[*plan.notes, self._obstacle])
+        return self._finish(plan, batches, inputs or self.inputs, verify)
+
+    def _finish(self, plan: PruningPlan, batches: Batches | None, inputs: str, verify: bool) -> PruningReport:
         with _in_its_own_precision(self.model):
             return finish_(
                 self.model,
@@ -172,15 +216,33 @@ class Pruner:
                 plan=plan,
                 batches=batches if batches is not None else self._batches(),
                 inputs=inputs,
-                shrink=self.recipe.schedule.shrink == "at_end",
+                shrink=self.recipe.schedule.shrink != "never",
                 verify=verify,
                 dense=self._dense,
                 seconds={"plan": self.seconds},
             )
 
+    def _shrink_on_the_way(self) -> None:
+        assert self.plan is not None
+        following = Following(self.model, self.optimizer)
+        if obstacle := following.obstacle():
+            self._obstacle = (
+                f"shrunk when training ended, not when the schedule did: {obstacle}, which can't be sliced along"
+            )
+            logger.warning("the model will be %s", self._obstacle)
+            return
+        self.detach()
+        with torch.random.fork_rng():
+            self.report = self._finish(self.plan, self._batches(), self.inputs, True)
+        following.follow_()
+        wrap_again_(self._wrapped)
+        self._structure, self.is_shrunk = inspect_model(self.model), True
+        self._watch_gradients()
+
     def detach(self) -> None:
         """Take the hooks off the parameters and the optimizer; masks stay."""
-        self._movement.detach()
+        if self._movement:
+            self._movement.detach()
         self._unwatch_gradients()
 
     # ----------------------------------------------------------------------------------------------------------
@@ -189,41 +251,58 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Step, recipe and plan: its masks, the movement so far and the weights to rewind to in `tensors` by name, the rest plain data."""
         plan = self.plan
-        movement = {f"{_MOVEMENT}{key}": s.to("cpu", copy=True) for key, s in self._movement.sums.items()}
+        sums = self._movement.sums if self._movement and not self.is_shrunk else {}
+        movement = {f"{_MOVEMENT}{key}": s.to("cpu", copy=True) for key, s in sums.items()}
         rewind = {f"{_REWIND}{name}": tensor for name, tensor in self._rewinding.kept.items()}
         return {
             "n_done": self.n_done,
             "recipe": self.recipe.to_dict(),
             "plan": plan.to_dict() if plan else None,
+            "shrunk": self.report.content if self.is_shrunk and self.report else None,
+            "obstacle": self._obstacle,
+            "step_seconds": self._pace.seconds,
             "tensors": (plan.mask_tensors() if plan else {}) | movement | rewind,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`: masks go back on the model, whose weights were loaded before.
 
+        Where `state` is of a model that had been shrunk, this model is shrunk, and weights and the optimizer's state are loaded
+        after.
+
         Raises:
             CheckpointError: it is of another recipe; the message shows what differs.
         """
-        mine = self.recipe.to_dict()
-        if state["recipe"] != mine:
-            raise CheckpointError(
-                "the checkpoint was made with another recipe:\n"
-                + "\n".join(f"  {line}" for line in _differences(state["recipe"], mine))
-                + "\nResume with the checkpoint's recipe, or start anew in another output directory."
-            )
+        require_same_recipe(state["recipe"], self.recipe)
         self.n_done = int(state["n_done"])
+        self._pace.seconds |= state.get("step_seconds") or {}
+        self._obstacle = state.get("obstacle")
         tensors = dict(state["tensors"])
         movement, rewind = (
             {name.removeprefix(kind): tensors.pop(name) for name in [*tensors] if name.startswith(kind)}
             for kind in (_MOVEMENT, _REWIND)
         )
-        self._movement.load(movement)
         self._rewinding.load(rewind, self.model)
+        if (shrunk := state.get("shrunk")) is not None:
+            self._load_shrunk(PruningPlan.from_parts(state["plan"], tensors), PruningReport.from_dict(shrunk))
+            return
+        if self._movement:
+            self._movement.load(movement)
         if state["plan"] is None:
             return
         # without its replacements: those are in the weights, which were trained since
         self.plan = PruningPlan.from_parts(state["plan"], tensors)
         apply_(self.model, self.plan)
+        self._watch_gradients()
+
+    def _load_shrunk(self, plan: PruningPlan, report: PruningReport) -> None:
+        if not self.is_shrunk:
+            self.detach()
+            resize_(self.model, self.optimizer, plan)
+            wrap_again_(self._wrapped)
+        self.plan, self.report = plan, report
+        self.is_shrunk, self._structure = True, inspect_model(self.model)
+        report.attach_(self.model)
         self._watch_gradients()
 
     # ----------------------------------------------------------------------------------------------------------
@@ -259,6 +338,16 @@ class Pruner:
                 if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                     for entry in entries:
                         entry.zero_(moment)
+
+
+def resize_(model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: PruningPlan) -> None:
+    """Give a dense model the shapes that it has after `plan`, whatever its weights are, and its optimizer, if any, along."""
+    plan.require_model(model)
+    set_masks(model, plan.masks)
+    following = None if optimizer is None else Following(model, optimizer)
+    shrink_(model)
+    if following is not None:
+        following.follow_()
 
 
 def require_known_parameters(recipe: Recipe) -> None:
@@ -302,6 +391,20 @@ def _masked_gradient(entries: list[MaskedTensor]) -> Callable[[Tensor], None]:
                 entry.zero_(parameter.grad)
 
     return hook
+
+
+def require_same_recipe(theirs: Mapping[str, Any], mine: Recipe) -> None:
+    """Refuse a checkpoint of another recipe.
+
+    Raises:
+        CheckpointError: showing what differs.
+    """
+    if theirs != mine.to_dict():
+        raise CheckpointError(
+            "the checkpoint was made with another recipe:\n"
+            + "\n".join(f"  {line}" for line in _differences(theirs, mine.to_dict()))
+            + "\nResume with the checkpoint's recipe, or start anew in another output directory."
+        )
 
 
 def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:

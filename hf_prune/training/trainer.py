@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,16 @@ from hf_prune.calibration.batches import n_samples, take
 from hf_prune.checkpoint.renamed import load_renamed_
 from hf_prune.checkpoint.saving import add_side_files, is_pruned
 from hf_prune.errors import RecipeError, VerificationError
+from hf_prune.plan import PruningPlan
 from hf_prune.planning import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
+from hf_prune.training.checkpoints import begin_checkpoint, last_complete
 from hf_prune.training.distillation import Distiller, copy_of, save_teacher
-from hf_prune.training.pruner import Pruner, require_known_parameters, unwrap
+from hf_prune.training.pruner import Pruner, require_known_parameters, require_same_recipe, resize_, unwrap
 from hf_prune.training.schedule import first_step
+from hf_prune.training.shrinking import SHARDED, require_comparable_layers
+from hf_prune.training.state import PLAIN as STATE
 from hf_prune.training.state import load_state, save_state
 
 
@@ -73,10 +78,20 @@ class PruningMixin(_Base):
         if self.recipe is not None:
             require_known_parameters(self.recipe)
         super().__init__(*args, **kwargs)
+        if (
+            self.recipe is not None
+            and self.recipe.schedule.shrink == "when_final"
+            and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        ):
+            raise RecipeError(SHARDED)
+        if self.recipe is not None:
+            require_comparable_layers(self.recipe)
         self.calibration_dataset = calibration_dataset
         self.pruner: Pruner | None = None
         self.pruning_report: PruningReport | None = None
         self._resumed_from: str | None = None
+        self._is_resized = False  # to the shapes of the checkpoint that it resumes from
+        self._dense: nn.Module | None = None  # before that, for a teacher
         self._finished: nn.Module | None = None
         self.teacher_model = teacher_model
         self._distiller: Distiller | None = None
@@ -86,6 +101,8 @@ class PruningMixin(_Base):
     # Trainer's own methods, each extended where pruning has a part
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.recipe is not None and (Path(resume_from_checkpoint) / STATE).is_file():
+            self._shrink_as_in(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.recipe is not None:
             load_renamed_(unwrap(self.model), resume_from_checkpoint)
@@ -97,12 +114,28 @@ class PruningMixin(_Base):
             load_renamed_(unwrap(self.model), self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         if self.pruner is not None and self.args.should_save:
+            # first, since Trainer ends with the file that says that all is there, and then deletes older checkpoints
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            begin_checkpoint(folder)
             if self._distiller is not None and self.teacher_model is None:
                 save_teacher(self._distiller.teacher, folder)
             save_state(self.pruner.state_dict(), folder)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.pruner is not None:
+            self.accelerator.wait_for_everyone()  # each process writes its own, before the first says that all is there
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.recipe is not None and resume_from_checkpoint is True:
+            resume_from_checkpoint = str(
+                last_complete(
+                    Path(self.args.output_dir), self.args.world_size, with_optimizer=not self.args.save_only_model
+                )
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -189,9 +222,11 @@ class PruningMixin(_Base):
             n_steps=self.state.max_steps,
             calibration=self._calibration_batches,
             distills=True,
+            inputs="training" if self.calibration_dataset is None else "calibration",
+            is_shrunk=self._is_resized or (begun is not None and begun.is_shrunk),
         )
         if begun is not None:
-            self.pruner.plan = begun.plan
+            self.pruner.plan, self.pruner.report = begun.plan, begun.report
         resumed_from, self._resumed_from = self._resumed_from, None
         state = None if resumed_from is None else load_state(Path(resumed_from))
         self._begin_distilling(
@@ -204,13 +239,33 @@ class PruningMixin(_Base):
         if self.pruner is not None:
             if self._distiller is None and self._begins_to_distill(self.pruner.n_done + 1):
                 self._distill_from(copy_of(self.pruner.model))
-            self.pruner.step()
+            with self._keeping_the_masked_model(self.pruner):
+                self.pruner.step()
         elif self._finished is not None:
             enforce_(self._finished)
 
     def _begins_to_distill(self, n_done: int) -> bool:
         assert self.recipe is not None
         return self.recipe.distillation is not None and n_done >= first_step(self.recipe, self.state.max_steps)
+
+    def _shrink_as_in(self, folder: Path) -> None:
+        """Where a checkpoint is of a model that had been shrunk, give this one its shapes, and the optimizer too."""
+        assert self.recipe is not None
+        state = load_state(folder)
+        require_same_recipe(state["recipe"], self.recipe)
+        self._dense, self._is_resized = None, False
+        model = unwrap(self.model)
+        if state.get("shrunk") is None or model is self._finished:
+            return
+        if self.recipe.distillation is not None and self.teacher_model is None:
+            self._dense = copy.deepcopy(model)
+        self.create_optimizer()  # of the dense model, whose order of parameters the checkpoint's has
+        resize_(
+            model,
+            getattr(self.optimizer, "optimizer", self.optimizer),
+            PruningPlan.from_parts(state["plan"], state["tensors"]),
+        )
+        self._is_resized = True
 
     def _begin_distilling(self, resumed: tuple[int, Path] | None) -> None:
         """With a teacher that is there from the beginning, or that the checkpoint holds: (steps done, folder)."""
@@ -227,7 +282,8 @@ class PruningMixin(_Base):
         if self.teacher_model is not None:
             self._distill_from(self.teacher_model, measure=resumed is None and begun is None)
         elif resumed is not None and self._begins_to_distill(resumed[0]):
-            self._distill_from(copy_of(model, resumed[1]), measure=False)
+            self._distill_from(copy_of(self._dense or model, resumed[1]), measure=False)
+            self._dense = None
         elif begun is not None:
             self._distill_from(begun.teacher, measure=False)
         elif self._begins_to_distill(0):
@@ -257,21 +313,27 @@ class PruningMixin(_Base):
             self.model, self.model_wrapped = pupil
 
     def _finish_pruning(self, pruner: Pruner) -> None:
-        inputs = "training" if self.calibration_dataset is None else "calibration"
         try:
-            self.pruning_report = pruner.finish(inputs=inputs)
-        except VerificationError:
-            folder = Path(self.args.output_dir) / "masked-model"
-            self.save_model(str(folder), _internal_call=True)
-            if self.args.should_save:
-                save_state(pruner.state_dict(), folder)
-            raise
+            with self._keeping_the_masked_model(pruner):
+                self.pruning_report = pruner.finish()
         finally:
             self.pruner = self._distiller = None
         self._finished = pruner.model
         # the optimizer and the wrapped model hold parameters that are no longer the model's
         self.model = self.model_wrapped = pruner.model
         self.optimizer, self.lr_scheduler = None, None
+
+    @contextmanager
+    def _keeping_the_masked_model(self, pruner: Pruner) -> Iterator[None]:
+        """Where the smaller model isn't the masked one, the masked one is saved as it was trained."""
+        try:
+            yield
+        except VerificationError:
+            folder = Path(self.args.output_dir) / "masked-model"
+            self.save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                save_state(pruner.state_dict(), folder)
+            raise
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """The same on every process, at every update; statistics deal them out themselves. Random numbers are restored."""

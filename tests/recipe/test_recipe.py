@@ -216,7 +216,11 @@ training: {learning_rte: 1e-3}
         ({"distillation": {"temperature": 0, "weight": 2}}, "temperature: 0: expected more than 0"),
         ({"schedule": {"rewind": 0.2}}, r"rewind \(0.2\) is after begin \(0.1\)"),
         ({"prune": [{"target": "weights", "sparsity": 0.5, "schedule": {"rewind": 0}}]}, "rewind is said once"),
-        ({"schedule": {"shrink": "when_final"}}, "is not supported in this version"),
+        (
+            {"schedule": {"shrink": "when_finl"}},
+            "expected one of 'at_end', 'when_final', 'never'; did you mean 'when_final'",
+        ),
+        ({"prune": [STEP | {"schedule": {"shrink": "when_final"}}]}, "shrink is said once"),
         ({"schedule": {"begin": 0.7, "end": 0.2}}, "is after end"),
         ({"schedule": {"begin": 0.7}}, r"begin \(0.7\) is after end \(0.6 by default\)"),
         ({"training": {"output_dir": "x"}}, "say it as output.dir"),
