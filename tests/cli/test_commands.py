@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,8 +143,17 @@ def test_a_reader_that_leaves_is_no_fault():
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+def said(done):
+    """Lines of standard error, without what torchao says of itself where Transformers finds it installed."""
+    return [
+        line
+        for line in done.stderr.splitlines()
+        if not re.match(r"Failed to load .*torchao|W\d{4} .*torch/utils/", line)
+    ]
+
+
 def test_exit_codes_of_the_process_itself(tmp_path):
     good = process("validate", "quickstart")
-    assert (good.returncode, good.stderr) == (0, "")
+    assert (good.returncode, said(good)) == (0, [])
     bad = process("validate", tmp_path / "nowhere.yaml")
-    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
+    assert bad.returncode == 2 and bad.stdout == "" and len(said(bad)) == 1
