@@ -111,13 +111,17 @@ def find_sites(names: ModuleNames, stacks: Stacks, inner: Sequence[Site]) -> Ite
         if not any(piece.module.startswith(f"{name}.") for site in inner for piece in site.slices) and not any(
             _looks_like_transformer(names.modules[block]) for block in blocks[:1]
         ):
+            kind = type(names.modules[blocks[0]]).__name__
+            yield Refusal("layers", name, f"no {kind} in it holds an attention or a feed-forward of a known layout")
             continue
         reason = _order_matters(names, name, blocks)
         yield Refusal("layers", name, reason) if reason else Site(name, "layers", len(blocks), blocks=blocks)
 
 
 def _looks_like_transformer(block: nn.Module) -> bool:
-    """Blocks whose heads and neurons were all refused are layers still."""
+    """Blocks whose heads and neurons were all refused are layers still, and so are those that mix positions by other means."""
+    if any(each.__name__ == _LAYER for each in type(block).__mro__):
+        return True
     return any("Attention" in type(module).__name__ for module in block.modules())
 
 

@@ -49,12 +49,24 @@ def _attentions(names: ModuleNames, covered: set[str], refused: set[str]) -> dic
 
 
 def _widening_pair(names: ModuleNames, name: str, module: nn.Module, covered: set[str]) -> tuple[str, str] | None:
-    """Two linear children that lead from d to more and back, as a feed-forward does, and are in no site."""
-    linear = {own: child for own, child in module.named_children() if is_linear(child)}
-    free = {own: child for own, child in linear.items() if names.resolve(name, own) not in covered}
-    for first, widens in free.items():
-        for second, narrows in free.items():
+    """Two linear maps of different children that lead from d to n and back, as a feed-forward does, and are in no site."""
+    maps = {
+        f"{own}.{path}" if path else own: each
+        for own, child in module.named_children()
+        for path, each in ((path, each) for path, each in child.named_modules() if "." not in path)
+        if _is_map(each) and names.resolve(name, f"{own}.{path}" if path else own) not in covered
+    }
+    for first, widens in maps.items():
+        for second, narrows in maps.items():
             n, d = d_in(narrows), d_out(narrows)
-            if first != second and d_in(widens) == d < n and d_out(widens) in (n, 2 * n):
+            leads_back = d_in(widens) == d and (d_out(widens) == 2 * n >= 2 * d or (d_out(widens) == n > d))
+            if first.partition(".")[0] != second.partition(".")[0] and leads_back:
                 return first, second
     return None
+
+
+def _is_map(module: nn.Module) -> bool:
+    """A linear layer, or a convolution that sees one position at a time."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return set(module.kernel_size) == {1} and module.groups == 1
+    return is_linear(module)
