@@ -23,9 +23,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "outputs" / "reach.jsonl")
     parser.add_argument("--types", nargs="*", help="these model types alone")
     parser.add_argument("--scopes", nargs="*", default=["global", "layer"])
+    parser.add_argument("--census", action="store_true", help="only add the types that tests/reach/census.json lacks")
     parser.add_argument("--page", action="store_true", help="write docs/support.md from what is there")
     parser.add_argument("--quick", action="store_true", help="don't save, generate, train, nor call `prune_` itself")
     options = parser.parse_args()
+    if options.census:
+        count(options.types)
+        return
     options.results.parent.mkdir(parents=True, exist_ok=True)
     if not options.page:
         run(options)
@@ -34,17 +38,38 @@ def main() -> None:
     write(options.results)
 
 
-def run(options: argparse.Namespace) -> None:
+def count(types: list[str] | None) -> None:
+    """Add what a watched run of each type finds to the census; what the file says already stays."""
+    quiet()
+    from tests.reach.census import add, census, seen
+    from tests.reach.zoo import NotBuildable, build, model_types
+
+    for model_type in types or model_types():
+        if model_type not in census()["types"]:
+            try:
+                add(model_type, seen(build(model_type)))
+            except NotBuildable as reason:
+                print(reason, flush=True)
+            except Exception as error:  # of models' own code, of any kind; `not built` says it on the page
+                print(model_type, type(error).__name__, " ".join(str(error).split())[:200], flush=True)
+
+
+def quiet() -> None:
+    """One thread, and no word of the libraries below."""
     warnings.filterwarnings("ignore")
     import torch
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
+def run(options: argparse.Namespace) -> None:
+    quiet()
     from tests.reach import proof
     from tests.reach.census import reviewed, seen
     from tests.reach.zoo import NotBuildable, build, model_types
 
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     done = {json.loads(line)["type"] for line in options.results.open()} if options.results.exists() else set()
     # in an order by chance, the same each time, so that a part of a run says something of all
     for model_type in options.types or sorted(model_types(), key=lambda name: hashlib.md5(name.encode()).digest()):

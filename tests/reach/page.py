@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from tests.reach.census import KINDS, reviewed
-from tests.reach.proof import SCOPES, TARGETS, counted
+from tests.reach.proof import SCOPES, TARGETS, held_of
 from tests.reach.zoo import model_types
 
 
@@ -98,7 +98,7 @@ def _counts(by_type: dict[str, dict[str, Any]]) -> list[str]:
 def holds(model_type: str, row: dict[str, Any], target: str) -> bool:
     """By the reviewed census; every model holds weights."""
     entry = reviewed(model_type) or row.get("census") or {kind: [] for kind in KINDS}
-    return target == "weights" or bool(counted(target, entry))
+    return bool(held_of(target, entry))
 
 
 def _cell(outcome: str, notes: dict[str, int]) -> str:

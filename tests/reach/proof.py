@@ -105,10 +105,8 @@ def prove(subject: Subject, target: str, scope: str, held: Mapping[str, list[str
 def _refused(subject: Subject, target: str, refusal: PruneError, held: Mapping[str, list[str]]) -> str:
     said = re.search(r"can be pruned: (.*?)\. Found: ", str(refusal), re.DOTALL)
     reason = said[1] if said else f"{type(refusal).__name__}: {refusal}"
-    if said and reason.startswith("no block matches a known layout"):
-        if target != "weights" and not counted(target, held):
-            return "none"
-        raise Wrong("missed in silence")
+    if said and reason.startswith("no block matches a known layout") and not held_of(target, held):
+        return "none"
     return f"refused: {_short(reason)}"
 
 
@@ -181,15 +179,17 @@ def missed(structure: ModelStructure, target: str, held: Mapping[str, list[str]]
     places = [name for site in own for name in (site.name, *site.blocks, *(piece.module for piece in site.slices))]
     places += [refusal.name for refusal in structure.refusals if refusal.kind == target]
     known = {starred(place) for place in places}
-    return [name for name in counted(target, held) if not any(_overlap(name, place) for place in known)]
+    return [name for name in held_of(target, held) if not any(_overlap(name, place) for place in known)]
 
 
-def counted(target: str, held: Mapping[str, list[str]]) -> list[str]:
+def held_of(target: str, held: Mapping[str, list[str]]) -> list[str]:
     """What of the census a target is about: of parts, the stacks whose blocks hold one."""
-    names = held.get(HELD_AS.get(target, ""), [])
+    if target == "weights":
+        return ["all"]
+    names = held[HELD_AS[target]]
     if "." not in target:
         return names
-    return [stack for stack in held.get("layers", []) if any(name.startswith(f"{stack}.") for name in names)]
+    return [stack for stack in held["layers"] if any(name.startswith(f"{stack}.") for name in names)]
 
 
 def starred(name: str) -> str:

@@ -112,6 +112,10 @@ def test_a_feed_forward_leads_from_d_to_n_to_d_around_a_nonlinearity():
     assert not found(Attention()).feed_forward
 
 
+def test_a_norm_written_out_is_no_nonlinearity():
+    assert not found(FeedForward(act=lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))).feed_forward
+
+
 def test_a_gelu_written_as_a_sum_is_a_nonlinearity():
     def new(x):
         return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.04 * x**3)))

@@ -31,21 +31,12 @@ FUSED_ATTENTION = {
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"),
     *("_native_multi_head_attention", "_transformer_encoder_layer_fwd", "_fused_sdp_choice", "flex_attention"),
 }
+# not powers: a norm that is written out has one, and relu² has the relu
 NONLINEAR = {
     *("gelu", "silu", "relu", "sigmoid", "tanh", "mish", "softplus", "erf", "hardswish", "hardsigmoid", "hardtanh"),
-    *(
-        "leaky_relu",
-        "elu",
-        "clamp",
-        "clamp_min",
-        "pow",
-        "glu",
-        "log_sigmoid_forward",
-        "_prelu_kernel",
-        "threshold",
-        "exp",
-    ),
+    *("leaky_relu", "elu", "clamp", "clamp_min", "glu", "log_sigmoid_forward", "_prelu_kernel", "threshold", "expm1"),
 }
+PICKING = {"index", "index_select", "gather"}
 MIXING = {"cumsum", "_fft_r2c", "_fft_c2c", "_fft_c2r", "lstm", "mkldnn_rnn_layer", "flip"}
 
 
@@ -125,6 +116,8 @@ class _Watcher(TorchDispatchMode):
             return self._convolution(tensors[0], tensors[1], result, args)
         if name in SOFTMAXES and any(mark.is_product for mark in marks):
             self.found.attention.add(self._holder())
+        if name in PICKING and marks[0].is_weight:
+            return Mark(is_weight=True)  # the biases of some experts
         if marks and all(mark.is_weight for mark in marks):
             return Mark(is_weight=True)
         active = [mark for mark in marks if not mark.is_weight]
