@@ -15,7 +15,7 @@ from hf_prune.apply.replace import remove_biases_, replace_, require_fitting
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
 from hf_prune.apply.verify import verify as verify_models
-from hf_prune.calibration.batches import first_sample, to_device
+from hf_prune.calibration.batches import first_sample, first_samples, to_device
 from hf_prune.checkpoint import Verdict, settle_config_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.plan import PruningPlan
@@ -210,12 +210,16 @@ class _Undo:
 def verification_batches(
     model: nn.Module, batches: Batches | None, inputs: str, at_most: int = 2
 ) -> tuple[list[Mapping[str, Any]], str]:
-    """A few batches on the model's device: the user's own, else generated ones."""
+    """Two samples of each of a few batches, on the model's device: the user's own, else generated ones.
+
+    Two, since of both models all outputs are held at once: of eight windows of 512 tokens and 50,000 words logits alone are
+    0.8 GB.
+    """
     if batches is not None:
         device = next(model.parameters()).device
         chosen: list[Mapping[str, Any]] = []
         for batch in batches:
-            chosen.append(to_device(batch, device))
+            chosen.append(to_device(first_samples(batch, 2), device))
             if len(chosen) == at_most:
                 break
         if chosen:

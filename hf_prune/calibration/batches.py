@@ -112,10 +112,15 @@ def _first(inputs: Inputs, size: int, wanted: int) -> Inputs:
     return {name: cut(value) for name, value in inputs.items()}
 
 
+def first_samples(batch: Mapping[str, Any], wanted: int) -> Inputs:
+    """At most `wanted` samples of a batch."""
+    return _first(dict(batch), n_samples(batch), wanted)
+
+
 def first_sample(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The first sample of the first batch, with a batch dimension of 1."""
     first = next(iter(batches), None)
-    return None if first is None else _first(dict(first), n_samples(first), 1)
+    return None if first is None else first_samples(first, 1)
 
 
 def _kind(value: object) -> str:
