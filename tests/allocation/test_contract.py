@@ -78,9 +78,10 @@ def write_curves(path, model, seed=0):
 
 
 @pytest.fixture(autouse=True)
-def curves(tmp_path, monkeypatch):
+def curves(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    write_curves(tmp_path / "sensitivity.json", zoo.build("llama", num_hidden_layers=5))
+    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
+    write_curves(tmp_path / "sensitivity.json", model_for("experts" if target == "experts" else None))
 
 
 def plan(model, said, **options):
@@ -92,6 +93,8 @@ def model_for(target):
     if target == "layers":
         return zoo.build("llama", num_hidden_layers=10)
     heads = dict(num_attention_heads=16, num_key_value_heads=16, head_dim=4) if target == "attention_heads" else {}
+    if target == "experts":
+        return zoo.build("mixtral", num_hidden_layers=5, num_local_experts=16)
     return zoo.build("llama", num_hidden_layers=5, **heads)
 
 

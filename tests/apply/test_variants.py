@@ -51,7 +51,7 @@ VARIANTS = [
     ("phi3", {"num_key_value_heads": 4}, ()),
     ("phi3", {"num_key_value_heads": 1}, ()),
     ("olmo2", {"num_key_value_heads": 4}, ()),
-    ("olmo2", {"num_key_value_heads": 1}, ("attention_heads",)),
+    ("olmo2", {"num_key_value_heads": 1}, ()),
     ("mistral", {"sliding_window": 4}, ()),
     ("vit", {"qkv_bias": False}, ()),
 ]

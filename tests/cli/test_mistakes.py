@@ -248,7 +248,7 @@ def test_checkpoints_of_an_earlier_training_are_not_mixed_up(cli, folder):
     ("arguments", "message"),
     [
         (["run", "nowhere.yaml"], "can't read the recipe 'nowhere.yaml': No such file or directory"),
-        (["run", "."], "Is a directory"),
+        (["run", "model"], "recipe.yaml"),
         (["run", "recipe.yaml", "--plan-only", "--smoke"], "give one of them"),
         (["run", "recipe.yaml", "--plan-only", "model=null"], "--plan-only needs the recipe's section 'model'"),
         (["validate"], "which recipe?"),

@@ -175,7 +175,7 @@ def test_what_is_named_leaves_at_the_first_update():
         ({"target": "weights", "sparsity": {"parameters": 0.2}}, "zeros stay in the tensor"),
         ({"target": "weights", "pattern": "2:4", "max_sparsity": 0.3}, "max_sparsity goes with a sparsity"),
         ({"target": "weights", "sparsity": 0.5, "round_to": 8, "min_keep": 2}, "min_keep is for layers"),
-        ({"target": "layers", "sparsity": 0.5, "uniform": True}, "uniform is for heads and neurons"),
+        ({"target": "layers", "sparsity": 0.5, "uniform": True}, "uniform is for heads, neurons and experts"),
         ({"target": "layers", "sparsity": 0.5, "schedule": {"shrink": "never"}}, "shrink is said once"),
     ],
 )

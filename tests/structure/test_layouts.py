@@ -67,7 +67,7 @@ class Model(nn.Module):
         return hidden_states
 
 
-def test_what_matches_no_layout_is_told_with_how_to_add_one():
+def test_what_matches_no_layout_is_told_with_how_to_add_one(registered):
     structure = inspect_model(Model())
     assert not structure.of("attention_heads") and not structure.of("ffn_neurons")
     told = {refusal.name: refusal.reason for refusal in structure.refusals}
