@@ -108,7 +108,8 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
     now = {
         stack: [earlier[stack][n] for n in kept] if stack in earlier else list(kept)
         for stack, kept in kept_layers.items()
-        if len(model.get_submodule(stack)) == len(kept)  # but for a shared block, whose number of calls the config says
+        if len(model.get_submodule(stack))
+        == len(kept)  # but for a shared block, whose number of calls the config says
     }
     return _settle(model, {}, {**earlier, **now})
 
