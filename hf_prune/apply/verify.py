@@ -67,7 +67,7 @@ def verify(
     watcher = _SiteWatcher(masked, smaller, structure, record)
     worst, n_batches = 0.0, 0
     for batch in batches:
-        with watcher if n_batches == 0 else _Nothing():
+        with watcher if n_batches == 0 else _Nothing(), _running(f"the masked {type(masked).__name__}"):
             expected = _outputs(masked(**batch))
         with _running(f"the smaller {type(smaller).__name__}"):
             actual = _outputs(smaller(**batch))
@@ -92,14 +92,14 @@ def verify(
 
 @contextmanager
 def _running(name: str) -> Iterator[None]:
-    """What doesn't run without its masked units computes something else too."""
+    """What doesn't run without its masked units computes something else too. (The whole model did: its cost was counted.)"""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         raise VerificationError(
-            f"{name} doesn't run once its masked units are removed ({type(error).__name__}: {error}). The model is as it "
+            f"{name} doesn't run without its masked units ({type(error).__name__}: {error}). The model is as it "
             "was; exclude this site, choose sizes with `round_to`, or report its layout."
         ) from error
 

@@ -119,8 +119,12 @@ def find_sites(names: ModuleNames, stacks: Stacks, inner: Sequence[Site]) -> Ite
 
 
 def _looks_like_transformer(block: nn.Module) -> bool:
-    """Blocks whose heads and neurons were all refused are layers still, and so are those that mix positions by other means."""
-    if any(each.__name__ == _LAYER for each in type(block).__mro__):
+    """Blocks whose heads and neurons were all refused are layers still, and so are those that mix positions by other means.
+
+    A convolution of the block itself isn't beside a residual stream, but makes another one (wav2vec 2's features).
+    """
+    is_layer = any(each.__name__ == _LAYER for each in type(block).__mro__)
+    if is_layer and not any(isinstance(child, (nn.Conv1d, nn.Conv2d)) for child in block.children()):
         return True
     return any("Attention" in type(module).__name__ for module in block.modules())
 

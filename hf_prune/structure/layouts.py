@@ -292,6 +292,7 @@ TWO_STREAMS = (
     ("hidden_states", "global_hidden_states"),
     ("hidden_states", "layout_inputs"),
     ("vision_features", "text_features"),
+    ("prev_attn_output", "hidden_states"),
 )
 # Lists of a config with the numbers of layers that something else reads, and with those of a kind, which are renumbered.
 HIDDEN_STATE_READERS = ("intermediate_hook_ids", "deepstack_visual_indexes", "backbone_out_indices")
