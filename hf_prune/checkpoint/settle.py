@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -255,14 +256,20 @@ def _says(model: nn.Module, config: Any, sites: Sequence[Site], size: int, leavi
 
 
 def _build(model: PreTrainedModel, config: Any, listed: Kept | None = None) -> PreTrainedModel | None:
-    """The model's class on the meta device, with the blocks that are listed; None where the config's own checks refuse."""
+    """The model's class on the meta device, with the blocks that are listed; None where the config's own checks refuse.
+
+    Some checks are made when a config is read only: of a backbone's stages, which follow from the depth.
+    """
     try:
+        type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             built = type(model)(copy.deepcopy(config))
         for stack, kept in (listed or {}).items():
             keep_blocks_(built, stack, kept)
         return built
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, AssertionError):
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError):
+        return None
+    except StrictDataclassError:
         return None
 
 
