@@ -22,7 +22,7 @@ IGNORED_LABEL = -100
 
 
 def take(calibration: Iterable[Mapping[str, Any]] | None, samples: int | None = None) -> list[Inputs]:
-    """The first `samples` samples of `calibration` as keyword dicts, the last one cut to fit; all if None.
+    """The first `samples` samples of `calibration` as keyword dicts, the last one cut to fit where it can be; all if None.
 
     Args:
         calibration: keyword dicts that the model takes, batch first: a list, a generator, a DataLoader.
@@ -47,7 +47,8 @@ def take(calibration: Iterable[Mapping[str, Any]] | None, samples: int | None = 
         inputs = dict(item)
         size = n_samples(inputs, index)
         if samples is not None and n_taken + size > samples:
-            inputs, size = _first(inputs, size, samples - n_taken), samples - n_taken
+            inputs = _first(inputs, size, samples - n_taken)
+            size = n_samples(inputs, index)
         taken.append(inputs)
         n_taken += size
         if samples is not None and n_taken >= samples:
@@ -106,19 +107,24 @@ def _n_tokens(batch: Mapping[str, Any]) -> int:
 
 
 def _first(inputs: Inputs, size: int, wanted: int) -> Inputs:
-    def cut(value: Any) -> Any:
-        return value[:wanted] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+    """The first `wanted` of `size` samples; all of them where a tensor holds those of all samples in another way.
 
-    return {name: cut(value) for name, value in inputs.items()}
+    Patches of images one after the other (Qwen-VL), or codes of several books (MusicGen), can't be cut by sample.
+    """
+    if any(isinstance(value, Tensor) and value.dim() and len(value) != size for value in inputs.values()):
+        return inputs
+    return {
+        name: value[:wanted] if isinstance(value, Tensor) and value.dim() else value for name, value in inputs.items()
+    }
 
 
 def first_samples(batch: Mapping[str, Any], wanted: int) -> Inputs:
-    """At most `wanted` samples of a batch."""
+    """At most `wanted` samples of a batch, if it can be cut."""
     return _first(dict(batch), n_samples(batch), wanted)
 
 
 def first_sample(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first sample of the first batch, with a batch dimension of 1."""
+    """The first sample of the first batch, with a batch dimension of 1, if it can be cut."""
     first = next(iter(batches), None)
     return None if first is None else first_samples(first, 1)
 

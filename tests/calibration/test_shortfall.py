@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hf_prune
-from hf_prune.calibration.batches import shortfall
+from hf_prune.calibration.batches import first_samples, shortfall, take
 from hf_prune.errors import CalibrationError
 from tests import zoo
 from tests.job import inputs
@@ -97,3 +97,12 @@ def test_run(tmp_path, training):
     assert LENGTH.format(8, 16) in report.content["notes"]
     saved = json.loads((tmp_path / "out" / "pruning_report.json").read_text())
     assert SAMPLES.format(48, 100) in saved["notes"]
+
+
+def test_what_is_laid_out_in_another_way_than_by_sample_is_not_cut():
+    plain = {"input_ids": torch.zeros(4, 8), "labels": torch.zeros(4), "use_cache": False}
+    assert [len(first_samples(plain, 2)[name]) for name in ("input_ids", "labels")] == [2, 2]
+    patches = plain | {"pixel_values": torch.zeros(24, 12), "image_grid_thw": torch.zeros(4, 3)}
+    assert first_samples(patches, 2) == patches
+    assert take([plain, plain], 6)[1]["input_ids"].shape == (2, 8)
+    assert take([patches, patches], 6) == [patches, patches]
