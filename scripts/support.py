@@ -89,7 +89,10 @@ def run(options: argparse.Namespace) -> None:
                     row["outcomes"][f"{target} {scope}"] = proof.prove(subject, target, scope, held)
             if not options.quick:
                 found = [t for t in proof.TARGETS if "proven" in row["outcomes"][f"{t} {options.scopes[0]}"]]
-                row["prune_"] = proof.one_shot(subject, found[0]) if found else "none"
+                if found:
+                    key = f"{found[0]} {options.scopes[0]}"
+                    said = proof.one_shot(subject, found[0])
+                    row["outcomes"][key] = row["outcomes"][key] if said == "proven" else said
         except NotBuildable as reason:
             row["not built"] = str(reason)
         except Exception as error:
