@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import UnsupportedModelError
-from hf_prune.structure import attention, experts, feed_forward, layers, parts, unmatched
+from hf_prune.structure import attention, experts, feed_forward, layers, parts, tied, unmatched
 from hf_prune.structure.cost import count_macs
 from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames
@@ -30,14 +30,18 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     names = ModuleNames(model)
     refusals: list[Refusal] = []
     stacks, stack_refusals = layers.find_stacks(names)
-    heads = list(_found(attention.find_sites(names, stacks), refusals))
-    neurons = list(_found(feed_forward.find_sites(names), refusals))
-    in_experts = list(_found(experts.find_sites(names), refusals))
+
+    def sound(results: Iterable[Site | Refusal]) -> list[Site]:
+        return list(_found(tied.refuse(names, _found(results, refusals)), refusals))
+
+    heads = sound(attention.find_sites(names, stacks))
+    neurons = sound(feed_forward.find_sites(names))
+    in_experts = sound(experts.find_sites(names))
     mixtures = [site for site in in_experts if site.target == "experts"]
     neurons += [site for site in in_experts if site.target != "experts"]
-    blocks = list(_found(layers.find_sites(names, stacks, [*heads, *neurons]), refusals))
+    blocks = sound(layers.find_sites(names, stacks, [*heads, *neurons]))
     refusals += stack_refusals
-    of_blocks = list(_found(parts.find_sites(names, stacks), refusals))
+    of_blocks = sound(parts.find_sites(names, stacks))
     refusals += unmatched.find(names, [*heads, *neurons, *mixtures], refusals)
     config = getattr(model, "config", None)
     return ModelStructure(
