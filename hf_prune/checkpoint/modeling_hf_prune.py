@@ -93,8 +93,10 @@ class Absent(nn.Module):
         is_linear = weight is not None and (is_transposed or isinstance(replaced, nn.Linear))
         self._d_out = weight.shape[1 if is_transposed else 0] if weight is not None and is_linear else None
         named = dict(replaced.named_parameters())
-        # not stacked experts, which some models save as other tensors than they hold
-        name = next((each for each, parameter in named.items() if parameter.dim() < 3), next(iter(named)))
+        # the last matrix, an output projection: not stacked experts nor query and key, which some models save joined
+        matrices = [each for each, parameter in named.items() if parameter.dim() == 2]
+        flat = [each for each, parameter in named.items() if parameter.dim() < 3]
+        name = (matrices or flat[:1] or list(named))[-1]
         parameter = named[name]
         *path, last = name.split(".")
         holder: nn.Module = self
