@@ -152,7 +152,7 @@ def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[st
         setattr(parent.config, field_name, len(kept))
         return weights
     stack = model.get_submodule(site.name)
-    assert isinstance(stack, nn.ModuleList)
+    assert isinstance(stack, (nn.ModuleList, nn.Sequential))
     blocks = list(stack)
     _hand_on(blocks[0], blocks[kept[0]])
     for new, old in enumerate(kept):
@@ -162,7 +162,8 @@ def _drop_layers(model: nn.Module, site: Site, kept: list[int], weights: dict[st
                     setattr(module, name, new)
     parent_name, _, child = site.name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    setattr(parent, child, nn.ModuleList(blocks[old] for old in kept))
+    left = [blocks[old] for old in kept]
+    setattr(parent, child, nn.ModuleList(left) if isinstance(stack, nn.ModuleList) else nn.Sequential(*left))
     for name in layouts.DEPTH_NAMES:
         if parent.__dict__.get(name) == len(blocks):
             setattr(parent, name, len(kept))
