@@ -41,7 +41,7 @@ def inspect_model(model: nn.Module) -> ModelStructure:
     neurons += [site for site in in_experts if site.target != "experts"]
     blocks = sound(layers.find_sites(names, stacks, [*heads, *neurons]))
     refusals += stack_refusals
-    of_blocks = sound(parts.find_sites(names, stacks))
+    of_blocks = sound(parts.find_sites(names, stacks, stack_refusals))
     refusals += unmatched.find(names, [*heads, *neurons, *mixtures], refusals)
     config = getattr(model, "config", None)
     return ModelStructure(

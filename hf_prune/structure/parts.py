@@ -27,17 +27,24 @@ class _Refused(Exception):
     """This block's part can't be dropped soundly; the message is the reason."""
 
 
-def find_sites(names: ModuleNames, stacks: Stacks) -> Iterator[Site | Refusal]:
-    """For each stack at most one site of attentions (a block's own, not those to another stack) and one of feed-forwards."""
+def find_sites(names: ModuleNames, stacks: Stacks, refused: Sequence[Refusal] = ()) -> Iterator[Site | Refusal]:
+    """For each stack at most one site of attentions (a block's own, not those to another stack) and one of feed-forwards.
+
+    Args:
+        refused: lists of blocks that are no stacks, and why; it goes for their parts as well.
+    """
+    parts: tuple[Part, ...] = ("attention", "feed_forward")
     for name, blocks in stacks.items():
-        parts: tuple[Part, ...] = ("attention", "feed_forward")
         for part in parts:
             yield from _sites(names, name, blocks, part)
+    for refusal in refused:
+        for part in parts:
+            yield Refusal("layers", refusal.name, refusal.reason, part)
 
 
 def _sites(names: ModuleNames, name: str, blocks: tuple[str, ...], part: Part) -> Iterator[Site | Refusal]:
     is_shared = len(set(blocks)) < len(blocks)
-    branches = []
+    branches, is_told = [], False
     for block in dict.fromkeys(blocks):
         found = _attentions(names, block) if part == "attention" else _feed_forwards(names, block)
         if not found:
@@ -49,9 +56,18 @@ def _sites(names: ModuleNames, name: str, blocks: tuple[str, ...], part: Part) -
                 raise _Refused(f"the block holds {len(found)} of them: {', '.join(module for module, _, _ in found)}")
             branches.append(_branch(names, block, part, *found[0]))
         except _Refused as reason:
+            is_told = True
             yield Refusal("layers", block, str(reason), part)
     if branches:
         yield Site(name, "layers", len(branches), blocks=blocks, part=part, branches=tuple(branches))
+    elif (
+        part == "attention"
+        and not is_told
+        and any("Attention" in type(names.modules[each]).__name__ for each in names.inside(blocks[0]))
+    ):
+        yield Refusal(
+            "layers", name, "the attentions of its blocks match no known layout, or read another stack", part
+        )
 
 
 def _attentions(names: ModuleNames, block: str) -> list[tuple[str, list[str], str]]:
