@@ -68,8 +68,10 @@ class Subject:
         eager(built.model)
         model, inputs = copy.deepcopy(built.model).double(), tree_map(_double, built.inputs)
         try:
-            outputs(model, inputs)
+            is_fit = not any(tensor.isnan().any() for tensor in outputs(model, inputs))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            is_fit = False
+        if not is_fit:
             model, inputs = built.model, built.inputs
         subject = cls(built, model, inputs, inspect_model(model))
         repeats = _same(outputs(model, inputs), outputs(model, inputs), 0.0)
