@@ -20,7 +20,7 @@ SIGNS = {"proven": "✓", "refused": "refused", "WRONG": "wrong", "none": "–"}
 HEAD = """# What is supported
 
 Written by `python scripts/support.py`, which builds a tiny random model of each model type of Transformers {transformers} (PyTorch
-{torch}), watches it run to see what it holds (the census), prunes it by each target, and checks that
+{torch}), watches it run to see what it holds (the census), takes half of each target away (scope {scopes}), and checks that
 
 - what is to be pruned was found, and nothing that the census holds was left out in silence;
 - the smaller model gives what the masked one gives;
@@ -64,6 +64,8 @@ def text(by_type: dict[str, dict[str, Any]]) -> str:
     """The page."""
     notes: dict[str, int] = {}
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    seen = {key.rpartition(" ")[2] for row in by_type.values() for key in row["outcomes"]}
+    versions["scopes"] = " and ".join(scope for scope in SCOPES if scope in seen)
     lines = [HEAD.format(**versions) + "\n".join(_counts(by_type)), ""]
     lines += [f"| type | {' | '.join(f'`{target}`' for target in TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
     for name, row in by_type.items():
