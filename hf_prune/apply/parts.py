@@ -39,7 +39,10 @@ def check_parts(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -
         kinds, there = _kinds(model, site), own_attentions(model, site.blocks).keys()
         stays = [number for number, block in enumerate(site.blocks) if block not in dropped]
         left = {number for number in stays if number in there and number not in gone}
-        if lacking := sorted({kinds[number] for number in stays if number in there} - {kinds[n] for n in left}):
+        lacking = sorted({kinds[number] for number in stays if number in there} - {kinds[n] for n in left})
+        if there and not left:  # they left with their blocks, and others stay, of another kind (linear attention)
+            lacking = lacking or [""]
+        if lacking:
             raise PruneError(
                 f"{site.name}: {f'no {lacking[0]}' if lacking[0] else 'no attention'} is left in its {len(stays)} blocks, "
                 "and a cache counts positions by one; keep one"

@@ -13,6 +13,7 @@ from hf_prune.plan import KeepMasks
 from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
+from tests.reach.zoo import build as build_type
 from tests.apply.test_variants import of_class
 from tests.checkpoint.shrunk import assert_close, outputs
 
@@ -435,3 +436,12 @@ def test_a_feed_forward_beside_experts_is_refused():
     structure = inspect_model(model)
     assert not structure.of("layers", "feed_forward")
     assert "also holds model.layers.0.mlp.experts.0, which would stay" in structure.refusals[0].reason
+
+
+def test_blocks_of_linear_attention_alone_are_refused_where_the_model_counts_by_a_cache():
+    model = build_type("qwen3_next").model
+    (site,), (attentions,) = inspect_model(model).of("layers"), inspect_model(model).of("layers", "attention")
+    keep = torch.tensor([number not in attentions.numbers for number in range(site.n_units)])
+    assert 0 < keep.sum() < len(keep)
+    with pytest.raises(PruneError, match="no attention is left in its . blocks"):
+        set_masks(model, KeepMasks(units={site.key: keep}))
