@@ -32,6 +32,7 @@ from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site, inspect_model
 from hf_prune.structure.layouts import LAYER_INDEX_LISTS, TOP_K_NAMES
 from hf_prune.structure.naming import read_list
+from hf_prune.structure.source import reads_config, source_of
 
 
 # Config fields that may hold a depth, a feed-forward width, numbers of heads. Which one does is found by building.
@@ -112,7 +113,16 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
         if len(model.get_submodule(stack))
         == len(kept)  # but for a shared block, whose number of calls the config says
     }
+    for stack, kept in now.items():
+        _tell_depth_(model.get_submodule(stack.rpartition(".")[0]), len(kept))
     return _settle(model, {}, {**earlier, **now})
+
+
+def _tell_depth_(caller: Any, n_blocks: int) -> None:
+    """What goes through its blocks by a number of the config gets a view of the config with their number."""
+    fields = [name for name in DEPTH_FIELDS if reads_config(source_of(caller), name)]
+    if fields and not isinstance(caller, PreTrainedModel):
+        caller.config = ConfigView(caller.config, dict.fromkeys(fields, n_blocks))
 
 
 def _settle(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]], listed: Kept) -> Verdict:

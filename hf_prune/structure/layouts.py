@@ -160,6 +160,11 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("pwconv1",), output="pwconv2"),  # ConvNeXt
     FeedForwardLayout(inputs=("pointwise_conv1",), output="pointwise_conv2"),  # DINOv3's ConvNeXt
     FeedForwardLayout(inputs=("up_conv",), output="down_conv"),
+    FeedForwardLayout(inputs=("intermediate_query.dense",), output="output_query.dense"),  # BLIP-2's queries
+    FeedForwardLayout(inputs=("lang_inter.dense",), output="lang_output.dense"),  # LXMERT's two streams
+    FeedForwardLayout(inputs=("visn_inter.dense",), output="visn_output.dense"),
+    FeedForwardLayout(inputs=("dense.dense",), output="output.dense"),  # Reformer
+    FeedForwardLayout(inputs=("gate_proj",), output="down_proj"),  # TimesFM, which has no other input
     FeedForwardLayout(inputs=("0",), output="2", alone=True),  # a plain sequence: CTRL, perceivers, X-CLIP
     FeedForwardLayout(inputs=("0",), output="3", alone=True),  # with dropout between
 )
@@ -293,6 +298,7 @@ TWO_STREAMS = (
     ("hidden_states", "layout_inputs"),
     ("vision_features", "text_features"),
     ("prev_attn_output", "hidden_states"),
+    ("lang_feats", "visual_feats"),
 )
 # Lists of a config with the numbers of layers that something else reads, and with those of a kind, which are renumbered.
 HIDDEN_STATE_READERS = ("intermediate_hook_ids", "deepstack_visual_indexes", "backbone_out_indices")

@@ -15,6 +15,7 @@ from hf_prune.plan import KeepMasks
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
 from tests.checkpoint.shrunk import assert_close, outputs
+from tests.reach.zoo import build as build_type
 
 
 def drop_(model, keep):
@@ -68,3 +69,17 @@ def test_a_reader_refuses_it_of_what_is_no_list_and_beside_other_keys():
     for name, entry in (("model", {"kept": [0]}), ("model.layers", {"kept": [0], "config": {}})):
         with pytest.raises(ManifestError, match="may hold kept alone"):
             resize_(copy.deepcopy(model), manifest | {"modules": {name: entry}})
+
+
+def test_what_goes_through_its_blocks_by_a_number_of_the_config_sees_theirs(tmp_path):
+    """BLIP-2's queries: every second block has a cross-attention, so that no depth builds blocks 1 and 2 of three."""
+    built = build_type("blip-2")
+    model, name = built.model.double(), "qformer.encoder.layer"
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in built.inputs.items()}
+    set_masks(model, KeepMasks(units={f"layers:{name}": torch.tensor([False, True, True])}))
+    masked = outputs(model, inputs)
+    settle_config_(model, remove_masked_(model).kept_layers)
+    assert model.config.hf_prune["modules"][name] == {"kept": [1, 2]}
+    assert_close(masked, outputs(model, inputs))
+    model.save_pretrained(tmp_path)
+    assert_close(masked, outputs(type(model).from_pretrained(tmp_path, dtype=torch.float64), inputs))
