@@ -136,6 +136,10 @@ def _attributes(name: str, module: nn.Module, heads: Heads, width: int) -> Itera
             yield Attribute(name, field, value // heads.n_units)
         if reads_config(source, field):
             yield Attribute(name, field, value // heads.n_units, of_config=True)
+    for path, inner in module.named_modules():  # what is inside counts heads by itself (Gemma 3n's positions)
+        for field in layouts.HEAD_COUNT_NAMES:
+            if path and inner.__dict__.get(field) == heads.n_heads:
+                yield Attribute(f"{name}.{path}", field, heads.n_heads // heads.n_units)
 
 
 def _length(names: ModuleNames, piece: TensorSlice) -> int:

@@ -179,7 +179,7 @@ HEAD_COUNT_NAMES = (
 KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
 KV_WIDTH_NAMES = ("kv_dim", "key_value_dim")
 # Widths that count all query heads' entries and are used to split or reshape.
-ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size", "q_dim")
+ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size", "q_dim", "head_size")
 # The same where code reshapes by them; elsewhere they are the width of the model.
 PERHAPS_WIDTH_NAMES = ("embed_dim", "hidden_size", "d_model", "dim", "hidden_dim", "qkv_dim", "attention_dim")
 
@@ -258,6 +258,7 @@ PER_HEAD_PROJECTIONS = (
     *("g_proj", "gate_proj", "r_proj", "linear_pos", "pos_proj", "relative_k_proj", "pos_key_proj", "pos_query_proj"),
     *("query_global", "key_global", "value_global", "relative_position_embedding.pos_proj"),
     *("continuous_position_bias_mlp.2", "output_projection.gate_proj", "gate", "head_gate", "attn_gate"),
+    *("w2e_query", "e2w_query", "e2e_query"),  # LUKE's words and entities
 )
 # Convolutions inside an attention over the model's states, before keys and values are made: they stay.
 CONVOLUTIONS_OF_INPUTS = ("sr", "sequence_reduction", "spatial_reduction", "convolution")

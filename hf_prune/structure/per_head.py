@@ -38,6 +38,8 @@ def side_slices(names: ModuleNames, name: str, heads: Heads, known: set[str]) ->
             if path not in layouts.PER_HEAD_PROJECTIONS or d_out(linear) % heads.n_heads:
                 raise Refused(f"it also holds the linear layer {path}, whose role is unknown")
             yield from writing_slices(full, linear, (Span(0, d_out(linear) // heads.n_units),))
+        elif isinstance(linear, (nn.Conv1d, nn.Conv2d)) and _is_by_head(path, linear, heads):
+            yield from writing_slices(full, linear, (Span(0, linear.in_channels // heads.n_units),))
         elif (
             isinstance(linear, (nn.Conv1d, nn.Conv2d))
             and linear.in_channels in _widths(heads)
@@ -62,6 +64,16 @@ def _slice(module: str, child: str, parameter: Tensor, dim: int, heads: Heads) -
 def _is_headless(path: str, heads: Heads) -> bool:
     kept_whole = heads.n_kv_heads == 1 and path.rpartition(".")[2] in ("k_proj", "v_proj", "k", "v", "key", "value")
     return kept_whole or any(path == known or path.startswith(f"{known}.") for known in layouts.HEADLESS_PROJECTIONS)
+
+
+def _is_by_head(path: str, convolution: nn.Conv1d | nn.Conv2d, heads: Heads) -> bool:
+    """Depthwise, over the entries of all heads (Inkling's keys and values), or with a channel for each head (Nyströmformer)."""
+    channels = convolution.in_channels
+    alone = heads.n_kv_heads == 1 and channels == heads.d_head
+    is_depthwise = channels == convolution.groups == convolution.out_channels
+    if path.rpartition(".")[2] in layouts.CONVOLUTIONS_OF_INPUTS or channels == 1:
+        return False
+    return is_depthwise and not alone and channels in (*_widths(heads), heads.n_heads)
 
 
 def _widths(heads: Heads) -> tuple[int, ...]:

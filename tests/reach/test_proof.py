@@ -28,6 +28,24 @@ def test_what_is_held_is_proven_or_refused(model_type):
     assert outcomes["weights", "global"].startswith("proven")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "target"),
+    [
+        ("luke", "attention_heads"),  # further queries
+        ("lxmert", "attention_heads"),  # a width under the name of a head's size
+        ("nystromformer", "attention_heads"),  # a convolution with a channel for each head
+        ("inkling_text", "attention_heads"),  # depthwise convolutions of keys and values
+        ("gemma3n_audio", "attention_heads"),  # a module inside that counts heads
+        ("cvt", "layers"),  # stacks that are sequences
+        ("mamba2", "layers"),  # neither attention nor feed-forward
+        ("timesfm", "ffn_neurons"),
+    ],
+)
+def test_what_models_do_each_in_its_own_way(model_type, target):
+    subject = proof.Subject.of(build(model_type), quick=True)
+    assert proof.prove(subject, target, "global", reviewed(model_type)).startswith("proven")
+
+
 @pytest.fixture(scope="module")
 def llama():
     return proof.Subject.of(build("llama"), quick=True)
