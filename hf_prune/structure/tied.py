@@ -31,14 +31,15 @@ def _owners(names: ModuleNames) -> dict[str, list[str]]:
 
 
 def _shared_outside(site: Site, owners: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    units: list[tuple[tuple[str, ...], list[str]]]
+    inside: tuple[str, ...] = ()  # where blocks of other stacks may hold them too
     if site.target == "layers" and not site.branches:
         units = [
             ((block,), [name for name in owners if is_within(name, block)]) for block in dict.fromkeys(site.blocks)
         ]
-        inside = tuple(site.blocks)  # blocks of another stack keep theirs
+        inside = tuple(site.blocks)
     else:
         units = [(branch.modules, [name for name in branch.parameters if name in owners]) for branch in site.branches]
-        inside = ()
         units.append(((), [piece.name for piece in site.slices if piece.name in owners]))
     own = {piece.name for piece in site.slices}
     for modules, held in units:
