@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_prune.checkpoint.format import MODELLING_MODULE, refresh_auto_map_
 from hf_prune.errors import CheckpointError
+from hf_prune.files import replace_file
 
 
 ARTIFACTS = "_hf_prune_artifacts"
@@ -97,9 +98,7 @@ def update_side_files(model: Any, directory: str | Path) -> None:
     files |= {name: len(text.encode()) for name, text in texts.items()}
     try:
         for name, text in {**texts, MARKER: _marker(files)}.items():
-            beside = directory / f".{name}.partial"
-            beside.write_bytes(text.encode())
-            os.replace(beside, directory / name)
+            replace_file(directory / name, text)
     except OSError as error:
         raise CheckpointError(f"writing to {directory} failed: {error}. Free some space, and save again.") from error
 

@@ -26,14 +26,14 @@ def drop_(model, keep):
 @pytest.fixture
 def no_field(monkeypatch):
     """A config that has no field for the depth."""
-    real = settle._depth_edit
+    real = settle.depth_edit
 
     def none(model, config, kept_layers):
         if kept_layers:
             raise UnsupportedModelError("no field")
         return real(model, config, kept_layers)
 
-    monkeypatch.setattr(settle, "_depth_edit", none)
+    monkeypatch.setattr(settle, "depth_edit", none)
 
 
 def test_they_are_left_in_what_is_loaded_and_a_second_pruning_counts_from_the_stock_model(no_field, tmp_path):
