@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCardData,
+    ModelInfo,
+    snapshot_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from hf_prune.errors import CheckpointError, PruneError
-from hf_prune.remote import ERRORS, explained
+from hf_prune.remote import ERRORS, HUB_ID, address_of, explained, make_commit
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CARD = "README.md"
 _TEXT = """---
 {header}---
@@ -46,7 +51,7 @@ def base_of(model: nn.Module, base_model: str | None, revision: str | None, toke
     """
     loaded_from = getattr(getattr(model, "config", None), "_name_or_path", "")  # Transformers keeps no revision
     base = base_model or loaded_from or ""
-    if not _HUB_ID.fullmatch(base) or Path(base).exists():
+    if not HUB_ID.fullmatch(base) or Path(base).exists():
         raise PruneError(
             f"the plan's model comes from {base or 'nowhere'!r}, which is no repository of the Hub; say in which one its "
             "weights are with base_model='owner/name'"
@@ -86,33 +91,27 @@ def push(
     commit_message: str,
 ) -> str:
     """Send the files of a folder and a card, in one commit; see `PruningPlan.push_to_hub`."""
-    if create_pr and revision not in (None, "main"):
-        raise PruneError(f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`")
-    api, branch = HfApi(token=token, library_name="hf_prune"), revision or "main"
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        if branch != "main" and not branch.startswith("refs/"):
-            api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
-        remote = api.model_info(repo.repo_id, revision=branch)
-        operations = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
-        there = {sibling.rfilename for sibling in remote.siblings or []}
+
+    def operations(api: HfApi, name: str, found: ModelInfo) -> list[CommitOperationAdd | CommitOperationDelete]:
+        there = {sibling.rfilename for sibling in found.siblings or []}
+        added = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
         if CARD not in there:  # what is there a person may have written into
-            operations.append(CommitOperationAdd(CARD, _card(repo.repo_id, base_model, commit).encode()))
+            added.append(CommitOperationAdd(CARD, _card(name, base_model, commit).encode()))
         # replacements of an earlier plan
-        stale = [name for name in there if name.endswith(".safetensors") and not (folder / name).exists()]
-        made = api.create_commit(
-            repo.repo_id,
-            [*operations, *map(CommitOperationDelete, sorted(stale))],
-            commit_message=commit_message,
-            revision=branch,
-            create_pr=create_pr,
-            parent_commit=remote.sha,
-        )
-    except ERRORS as error:
-        raise explained(error, "the plan", repo_id, token) from error
-    if create_pr and made.pr_url:
-        return str(made.pr_url)
-    return str(made.repo_url) if branch == "main" else f"{made.repo_url}/tree/{branch}"
+        stale = sorted(each for each in there if each.endswith(".safetensors") and not (folder / each).exists())
+        return [*added, *map(CommitOperationDelete, stale)]
+
+    made = make_commit(
+        repo_id,
+        operations,
+        "the plan",
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    return address_of(made, revision, create_pr)
 
 
 def fetch(repo_id: str, names: Sequence[str], **hub: Any) -> Path:
@@ -130,7 +129,7 @@ def load_base(about: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     import transformers
 
     base = about.get("base_model")
-    if not isinstance(base, str) or not _HUB_ID.fullmatch(base):
+    if not isinstance(base, str) or not HUB_ID.fullmatch(base):
         raise PruneError(
             f"the plan doesn't say which model of the Hub it is for ({base!r}); load it and call `apply_`"
         )

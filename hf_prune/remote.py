@@ -1,8 +1,12 @@
-"""What all that pushes to the Hub has in common: how its errors are told. No token is ever in them."""
+"""What all that pushes to the Hub has in common: one commit, and how its errors are told. No token is ever in them."""
 
 from __future__ import annotations
 
-from huggingface_hub import get_token
+import logging
+import re
+from collections.abc import Callable, Sequence
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 
 # `HTTPError` is the base of the HTTP library's errors (httpx, later httpx2), which the hub re-exports by importing it.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -10,8 +14,72 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from hf_prune.errors import CheckpointError, PruneError
 
 
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What a push may raise: of a failed LFS upload a RuntimeError, of a header that is refused a ValueError.
 ERRORS = (HTTPError, OSError, ValueError, RuntimeError)
+
+
+def make_commit(
+    repo_id: str,
+    operations: Callable[[HfApi, str, ModelInfo], Sequence[CommitOperationAdd | CommitOperationDelete]],
+    what: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
+    commit_description: str | None = None,
+    endpoint: str | None = None,
+) -> CommitInfo:
+    """Create the repository and the branch where they aren't there yet, and make one commit.
+
+    Args:
+        operations: (api, full name, what is there now) -> what to add and to delete.
+        what: is pushed, in the words of an error.
+        private: whether a new repository is private; None: the Hub's own default decides.
+        token, revision, create_pr, commit_message, commit_description, endpoint: as `hf_prune.hub.push_folder` takes them.
+
+    Raises:
+        PruneError: the Hub can't be reached or refuses, or `revision` comes with `create_pr`.
+    """
+    if create_pr and revision not in (None, "main"):
+        raise PruneError(
+            f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`. "
+            f"Leave one of them out."
+        )
+    api, branch = HfApi(endpoint=endpoint, token=token, library_name="hf_prune"), revision or "main"
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch != "main" and not branch.startswith("refs/"):
+            api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
+        there = api.model_info(repo.repo_id, revision=branch)
+        if private and not there.private:
+            logger.warning(
+                "%s exists and is public: what is pushed there can be read by everybody. Visibility is changed in the "
+                "repository's settings.",
+                repo.repo_id,
+            )
+        return api.create_commit(
+            repo.repo_id,
+            operations(api, repo.repo_id, there),
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=there.sha,  # what is stale was found there
+        )
+    except ERRORS as error:
+        raise explained(error, what, repo_id, token) from error
+
+
+def address_of(made: CommitInfo, revision: str | None, create_pr: bool) -> str:
+    """Of the pull request, the branch, or the repository."""
+    if create_pr and made.pr_url:  # none is opened where nothing differs
+        return str(made.pr_url)
+    return str(made.repo_url) if revision in (None, "main") else f"{made.repo_url}/tree/{revision}"
 
 
 def explained(error: BaseException, what: str, repo_id: str, token: str | bool | None) -> PruneError:

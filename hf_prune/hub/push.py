@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 # `HTTPError` is the base of the HTTP library's errors (httpx, later httpx2), which the hub re-exports by importing it.
 from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from hf_prune.errors import CheckpointError, PruneError
-from hf_prune.remote import explained
+from hf_prune.errors import CheckpointError
+from hf_prune.remote import address_of, explained, make_commit
 from hf_prune.report import PruningReport
 from hf_prune.report.card import for_repository, with_picture
 from hf_prune.report.picture import FILE_NAME, draw, kept_grids
 from hf_prune.report.sections import merge
 
-
-logger = logging.getLogger(__name__)
 
 # What training and tools leave beside a model. Resuming needs it, users of the model don't, and pickled training
 # arguments would publish the paths of the machine. Patterns are matched on every part of a file's path.
@@ -88,7 +85,7 @@ def push_folder(
         CheckpointError: if the folder isn't a complete checkpoint, or the Hub refuses its card.
         PruneError: if the Hub can't be reached or refuses, or `revision` comes with `create_pr`.
     """
-    commit = send(
+    made = send(
         Path(folder),
         repo_id,
         private=private,
@@ -98,10 +95,7 @@ def push_folder(
         commit_message=commit_message,
         endpoint=endpoint,
     )
-    if create_pr and commit.pr_url:  # none is opened where nothing differs
-        return str(commit.pr_url)
-    branch = revision or "main"
-    return str(commit.repo_url) if branch == "main" else f"{commit.repo_url}/tree/{branch}"
+    return address_of(made, revision, create_pr)
 
 
 def send(
@@ -117,50 +111,37 @@ def send(
     endpoint: str | None = None,
 ) -> CommitInfo:
     """`push_folder` that returns the commit; with `private=None` the Hub's own default decides on a new repository."""
-    if create_pr and revision not in (None, "main"):
-        raise PruneError(
-            f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`. "
-            f"Leave one of them out."
-        )
     check_complete(folder)
     paths = sorted(files_to_push(folder))
-    api = HfApi(endpoint=endpoint, token=token, library_name="hf_prune")
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        branch = revision or "main"
-        if branch != "main" and not branch.startswith("refs/"):
-            api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
-        remote = api.model_info(repo.repo_id, revision=branch)
-        if private and not remote.private:
-            logger.warning(
-                "%s exists and is public: what is pushed there can be read by everybody. Visibility is changed in the "
-                "repository's settings.",
-                repo.repo_id,
-            )
-        there = {sibling.rfilename for sibling in remote.siblings or []}
-        stale = sorted(name for name in there.difference(paths) if LOADABLE.fullmatch(name))
+
+    def operations(api: HfApi, name: str, found: ModelInfo) -> list[CommitOperationAdd | CommitOperationDelete]:
+        there = {sibling.rfilename for sibling in found.siblings or []}
+        stale = sorted(path for path in there.difference(paths) if LOADABLE.fullmatch(path))
         picture = _picture(folder, paths)
         additions: list[CommitOperationAdd] = []
-        for name in paths:
-            content: Path | bytes = folder / name
-            if name == CARD:
+        for path in paths:
+            content: Path | bytes = folder / path
+            if path == CARD:
                 # the examples name the repository, and what a person wrote there stays
-                text = for_repository((folder / name).read_text(encoding="utf-8"), repo.repo_id)
+                text = for_repository((folder / path).read_text(encoding="utf-8"), name)
                 text = with_picture(text) if picture else text
-                content = merge(text, _card_there(api, repo.repo_id, remote.sha) if CARD in there else "").encode()
-            additions.append(CommitOperationAdd(name, content))
+                content = merge(text, _card_there(api, name, found.sha) if CARD in there else "").encode()
+            additions.append(CommitOperationAdd(path, content))
         additions += [CommitOperationAdd(FILE_NAME, picture)] if picture else []
-        return api.create_commit(
-            repo.repo_id,
-            [*additions, *(CommitOperationDelete(name) for name in stale)],
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=branch,
-            create_pr=create_pr,
-            parent_commit=remote.sha,  # what is stale was found there
-        )
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise explained(error, str(folder), repo_id, token) from error
+        return [*additions, *map(CommitOperationDelete, stale)]
+
+    return make_commit(
+        repo_id,
+        operations,
+        str(folder),
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        endpoint=endpoint,
+    )
 
 
 def card_for(card: str, repo_id: str, *, token: str | None = None, revision: str | None = None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_prune.remote import HUB_ID
 from hf_prune.report import sections
 from hf_prune.report.picture import FILE_NAME
 from hf_prune.report.table import (
@@ -33,7 +34,6 @@ from hf_prune.report.verdict import verdict
 
 _TEMPLATE = "card.md.j2"
 _NO_REPOSITORY = "path/or/repo"  # in the examples, until it is known where the model goes
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TITLES = {"macs": "MACs", "bytes": "bytes in memory"}
 _UNITS = {
     "layers": "layer",
@@ -67,7 +67,7 @@ def render_card(report: dict[str, Any], recipe_yaml: str, *, base_model: str | N
     repo_id = fields.pop("repo_id", None)
     dataset = fields.pop("dataset", None)
     name = fields.pop("model_name", None) or _name(repo_id or base_model)
-    hub_id = base_model if base_model and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else None
+    hub_id = base_model if base_model and HUB_ID.fullmatch(base_model) and not Path(base_model).exists() else None
     checkpoint = report.get("checkpoint") or {}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
