@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from hf_prune.apply.verify import TOLERANCES
 from hf_prune.calibration.batches import take, to_device
 from hf_prune.checkpoint.saving import update_side_files
-from hf_prune.errors import PruneError, RecipeError, VerificationError
+from hf_prune.errors import CheckpointError, PruneError, RecipeError, VerificationError
 from hf_prune.hub.push import push_folder
 from hf_prune.job.fit import check_fit, totals
 from hf_prune.job.measure import latency_ms
@@ -31,6 +30,7 @@ from hf_prune.recipe import Recipe
 from hf_prune.recipe.schema import OutputSection
 from hf_prune.report import PruningReport
 from hf_prune.training import PruningTrainer
+from hf_prune.training.checkpoints import last_complete
 from hf_prune.training.pruner import require_known_parameters
 
 
@@ -134,7 +134,7 @@ def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) ->
     assert report is not None
     if PartialState().is_main_process:
         with stages.stage("measuring"):
-            report.content["measured"] = {"metrics": metrics, **_measured(models, task)}
+            report.content["measured"] |= {"metrics": metrics, **_measured(models, task)}
         with stages.stage("saving"):
             save(models, task.processor, report, recipe, directory)
             report.content["checkpoint"]["reload_difference"] = _reload_difference(recipe, task, models, directory)
@@ -200,13 +200,18 @@ def _trainer(pruning: Recipe | None, recipe: Recipe, task: Prepared, directory: 
 
 def _last_checkpoint(trainer: PruningTrainer) -> str | None:
     """The last checkpoint of this side that was written to the end, if there is one."""
-    needed = ["trainer_state.json"] + ["pruning_state.json"] * (trainer.recipe is not None)
-    folders = [
-        (int(found[1]), path)
-        for path in Path(trainer.args.output_dir).glob("checkpoint-*")
-        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name)) and all((path / name).exists() for name in needed)
-    ]
-    return str(max(folders)[1]) if folders else None
+    args = trainer.args
+    try:
+        return str(
+            last_complete(
+                Path(args.output_dir or ""),
+                args.world_size,
+                is_pruned=trainer.recipe is not None,
+                with_optimizer=not args.save_only_model,
+            )
+        )
+    except CheckpointError:
+        return None  # this side begins anew
 
 
 def calibration_batches(recipe: Recipe, task: Prepared) -> list[dict[str, Any]]:

@@ -21,12 +21,13 @@ def begin_checkpoint(folder: Path) -> None:
     (folder / LAST).unlink(missing_ok=True)
 
 
-def last_complete(directory: Path, n_processes: int, *, with_optimizer: bool = True) -> Path:
+def last_complete(directory: Path, n_processes: int, *, is_pruned: bool = True, with_optimizer: bool = True) -> Path:
     """The newest checkpoint of a run that was written to its end.
 
     Args:
         directory: `output_dir` of the run.
         n_processes: that go on from it, each with random numbers of its own.
+        is_pruned: whether the run has a recipe, so that a checkpoint holds the pruning state too.
         with_optimizer: whether the run saves its optimizer too.
 
     Raises:
@@ -35,7 +36,7 @@ def last_complete(directory: Path, n_processes: int, *, with_optimizer: bool = T
     found = [(int(match[1]), path) for path in directory.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     lacking = []
     for _, path in sorted(found, reverse=True):
-        missing = what_is_missing(path, n_processes, with_optimizer=with_optimizer)
+        missing = what_is_missing(path, n_processes, is_pruned=is_pruned, with_optimizer=with_optimizer)
         if missing is None:
             return path
         lacking.append(f"\n  {path.name}: {missing}")
@@ -45,14 +46,17 @@ def last_complete(directory: Path, n_processes: int, *, with_optimizer: bool = T
     )
 
 
-def what_is_missing(folder: Path, n_processes: int = 1, *, with_optimizer: bool = True) -> str | None:
+def what_is_missing(
+    folder: Path, n_processes: int = 1, *, is_pruned: bool = True, with_optimizer: bool = True
+) -> str | None:
     """The first thing that a checkpoint lacks, in words; None if it is complete."""
     try:
         json.loads((folder / LAST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{LAST} is not there or cut short: it was not written to its end"
     try:
-        load_state(folder)
+        if is_pruned:
+            load_state(folder)
         check_weights(folder)
     except CheckpointError as error:
         return str(error)

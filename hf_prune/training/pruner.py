@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_prune.apply import present
-from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of, set_masks
+from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_of
 from hf_prune.calibration.batches import first_sample
-from hf_prune.errors import CheckpointError, RecipeError
-from hf_prune.pipeline import apply_, finish_, shrink_, verification_batches
+from hf_prune.errors import RecipeError
+from hf_prune.pipeline import apply_, finish_, verification_batches
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
@@ -30,7 +30,8 @@ from hf_prune.structure.sites import kind_of
 from hf_prune.training.movement import Movement
 from hf_prune.training.rewinding import Rewinding
 from hf_prune.training.schedule import updates
-from hf_prune.training.shrinking import Following, Pace, require_whole, wrap_again_
+from hf_prune.training.shrinking import Following, Pace, require_whole, resize_, wrap_again_
+from hf_prune.training.state import require_same_recipe
 
 
 logger = logging.getLogger(__name__)
@@ -340,16 +341,6 @@ class Pruner:
                         entry.zero_(moment)
 
 
-def resize_(model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: PruningPlan) -> None:
-    """Give a dense model the shapes that it has after `plan`, whatever its weights are, and its optimizer, if any, along."""
-    plan.require_model(model)
-    set_masks(model, plan.masks)
-    following = None if optimizer is None else Following(model, optimizer)
-    shrink_(model)
-    if following is not None:
-        following.follow_()
-
-
 def require_known_parameters(recipe: Recipe) -> None:
     """Refuse repairs that add parameters: the optimizer, its schedule and wrappers know those that were there.
 
@@ -391,32 +382,3 @@ def _masked_gradient(entries: list[MaskedTensor]) -> Callable[[Tensor], None]:
                 entry.zero_(parameter.grad)
 
     return hook
-
-
-def require_same_recipe(theirs: Mapping[str, Any], mine: Recipe) -> None:
-    """Refuse a checkpoint of another recipe.
-
-    Raises:
-        CheckpointError: showing what differs.
-    """
-    if theirs != mine.to_dict():
-        raise CheckpointError(
-            "the checkpoint was made with another recipe:\n"
-            + "\n".join(f"  {line}" for line in _differences(theirs, mine.to_dict()))
-            + "\nResume with the checkpoint's recipe, or start anew in another output directory."
-        )
-
-
-def _differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
-    """One line for each value that differs."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = dict.fromkeys([*theirs, *mine])
-        nested = [_differences(theirs.get(key), mine.get(key), f"{path}.{key}" if path else str(key)) for key in keys]
-        return [line for lines in nested for line in lines]
-    if isinstance(theirs, list) and isinstance(mine, list) and len(theirs) == len(mine):
-        return [
-            line
-            for n, (a, b) in enumerate(zip(theirs, mine, strict=True))
-            for line in _differences(a, b, f"{path}.{n}")
-        ]
-    return [] if theirs == mine else [f"{path}: the checkpoint has {theirs!r}, this run {mine!r}"]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_prune.apply.masks import masks_of
+from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.present import dropped_modules, is_inside
 from hf_prune.apply.shrink import kept_index
 from hf_prune.errors import RecipeError
+from hf_prune.pipeline import shrink_
+from hf_prune.plan import PruningPlan
 from hf_prune.recipe import Recipe
 from hf_prune.structure import inspect_model
 
@@ -100,6 +102,16 @@ class Following:
             group["params"] = followed
 
 
+def resize_(model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: PruningPlan) -> None:
+    """Give a dense model the shapes that it has after `plan`, whatever its weights are, and its optimizer, if any, along."""
+    plan.require_model(model)
+    set_masks(model, plan.masks)
+    following = None if optimizer is None else Following(model, optimizer)
+    shrink_(model)
+    if following is not None:
+        following.follow_()
+
+
 def require_whole(wrapped: nn.Module) -> None:
     """Refuse to shrink in the middle of training what no process has whole.
 
@@ -171,10 +183,6 @@ class Pace:
         """A step ended; where it was an update it doesn't count."""
         if counts and self._since is not None:
             self.seconds[kind] = [*self.seconds[kind], now - self._since][-N_STEPS_TIMED:]
-        self._since = now
-
-    def pause(self, now: float) -> None:
-        """What was done since the last lap is no part of the next step."""
         self._since = now
 
     def measured(self) -> dict[str, Any] | None:

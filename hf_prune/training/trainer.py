@@ -27,11 +27,11 @@ from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.training.checkpoints import begin_checkpoint, last_complete
 from hf_prune.training.distillation import Distiller, copy_of, save_teacher
-from hf_prune.training.pruner import Pruner, require_known_parameters, require_same_recipe, resize_, unwrap
+from hf_prune.training.pruner import Pruner, require_known_parameters, unwrap
 from hf_prune.training.schedule import first_step
-from hf_prune.training.shrinking import SHARDED, require_comparable_layers
+from hf_prune.training.shrinking import SHARDED, require_comparable_layers, resize_
 from hf_prune.training.state import PLAIN as STATE
-from hf_prune.training.state import load_state, save_state
+from hf_prune.training.state import load_state, require_same_recipe, save_state
 
 
 if TYPE_CHECKING:

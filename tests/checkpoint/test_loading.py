@@ -63,7 +63,7 @@ def test_it_computes_the_same(way, by, saved, tmp_path):
     loaded = loader.from_pretrained(directory, **options)
     if "max_memory" in options:
         assert "disk" in set(loaded.hf_device_map.values()), "nothing was left on disk, so this proves nothing"
-    assert_close(outputs(model, _inputs(model)), outputs(loaded, _inputs(model)), 1e-5)
+    assert_close(outputs(model, example_inputs(model)), outputs(loaded, example_inputs(model)), 1e-5)
 
 
 def test_in_another_dtype(saved):
@@ -86,7 +86,7 @@ def test_copies_compute_the_same_and_save_the_same(copied, saved, tmp_path):
     twin.save_pretrained(tmp_path / "twin")
     again = type(model).from_pretrained(tmp_path / "twin")
     for each in (twin, again):
-        assert_close(outputs(model, _inputs(model)), outputs(each, _inputs(model)))
+        assert_close(outputs(model, example_inputs(model)), outputs(each, example_inputs(model)))
 
 
 # a task model of each family, other than the one that is saved
@@ -103,17 +103,17 @@ def test_base_from_task_and_task_from_base(saved, tmp_path):
     """Each by way of the other; and one task from another's checkpoint, whose head it hasn't."""
     family, model, directory = saved
     base = AutoModel.from_pretrained(directory)
-    assert_close(outputs(model.base_model, _inputs(model)), outputs(base, _inputs(model)))
+    assert_close(outputs(model.base_model, example_inputs(model)), outputs(base, example_inputs(model)))
     base.save_pretrained(tmp_path / "base")
     for place in (tmp_path / "base", directory):
         task = TASKS[family].from_pretrained(place)
         if family == "t5":  # a task model that holds the parts of the base, not the base
-            ids = {"input_ids": _inputs(model)["input_ids"]}
+            ids = {"input_ids": example_inputs(model)["input_ids"]}
             assert_close(outputs(base.get_encoder(), ids), outputs(task.get_encoder(), ids))
             found = task.state_dict()
             assert all(torch.equal(tensor, found[name]) for name, tensor in base.state_dict().items())
         else:
-            expected, found = outputs(base, _inputs(model)), outputs(task.base_model, _inputs(model))
+            expected, found = outputs(base, example_inputs(model)), outputs(task.base_model, example_inputs(model))
             expected.pop("pooler_output", None)  # which some task models leave out
             assert_close(expected, {key: found[key] for key in expected})
 
@@ -135,7 +135,7 @@ def test_it_generates_the_same(decoding, saved):
         pytest.skip("generates nothing")
     loaded = type(model).from_pretrained(directory)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    ids = {key: value for key, value in _inputs(model).items() if key != "labels"}
+    ids = {key: value for key, value in example_inputs(model).items() if key != "labels"}
     # beams by a cache that grows are the reference of those by one that doesn't
     expected = model.generate(**ids, **options, num_beams=DECODING[decoding].get("num_beams", 1))
     assert torch.equal(loaded.generate(**ids, **options, **DECODING[decoding]), expected)
@@ -145,7 +145,7 @@ def test_it_generates_the_same(decoding, saved):
 def test_it_compiles(saved):
     _, model, directory = saved
     loaded = torch.compile(type(model).from_pretrained(directory).eval())
-    assert_close(outputs(model, _inputs(model)), outputs(loaded, _inputs(model)), 1e-5)
+    assert_close(outputs(model, example_inputs(model)), outputs(loaded, example_inputs(model)), 1e-5)
 
 
 def test_it_is_pruned_again(saved, tmp_path):
@@ -158,7 +158,7 @@ def test_it_is_pruned_again(saved, tmp_path):
     loaded.save_pretrained(tmp_path / "twice")
     again = type(model).from_pretrained(tmp_path / "twice")
     assert sum(site.n_units for site in inspect_model(again).of("ffn_neurons")) == before - round(0.3 * before)
-    assert_close(outputs(loaded, _inputs(model)), outputs(again, _inputs(model)))
+    assert_close(outputs(loaded, example_inputs(model)), outputs(again, example_inputs(model)))
 
 
 def test_it_trains_on_by_the_stock_trainer(saved, tmp_path):
@@ -166,7 +166,7 @@ def test_it_trains_on_by_the_stock_trainer(saved, tmp_path):
     if family not in (*CAUSAL, "bert"):
         pytest.skip("a base model has no loss")
     loaded = type(model).from_pretrained(directory)
-    row = {key: value[0] for key, value in _inputs(model).items()}
+    row = {key: value[0] for key, value in example_inputs(model).items()}
     if "labels" not in row:
         row["labels"] = row["input_ids"].clone() if family in CAUSAL else torch.tensor(1)
     arguments = TrainingArguments(
@@ -177,9 +177,11 @@ def test_it_trains_on_by_the_stock_trainer(saved, tmp_path):
     trainer.save_model(str(tmp_path / "trained"))
     for place in (tmp_path / "trained", tmp_path / "run" / "checkpoint-2"):
         assert is_complete(place)
-        assert_close(outputs(loaded, _inputs(model)), outputs(type(model).from_pretrained(place), _inputs(model)))
-    key = next(iter(outputs(model, _inputs(model))))
-    assert not torch.equal(outputs(model, _inputs(model))[key], outputs(loaded, _inputs(model))[key]), (
+        assert_close(
+            outputs(loaded, example_inputs(model)), outputs(type(model).from_pretrained(place), example_inputs(model))
+        )
+    key = next(iter(outputs(model, example_inputs(model))))
+    assert not torch.equal(outputs(model, example_inputs(model))[key], outputs(loaded, example_inputs(model))[key]), (
         "nothing was learnt"
     )
 
@@ -191,13 +193,13 @@ def test_adapters_go_on_top(saved, tmp_path):
     names = ["c_attn", "c_proj"] if family == "gpt2" else "all-linear"
     config = peft.LoraConfig(target_modules=names, r=2, init_lora_weights=False, fan_in_fan_out=family == "gpt2")
     tuned = peft.get_peft_model(type(model).from_pretrained(directory), config)
-    expected = outputs(tuned, _inputs(model))
+    expected = outputs(tuned, example_inputs(model))
     tuned.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(type(model).from_pretrained(directory), tmp_path / "adapter")
-    assert_close(expected, outputs(again, _inputs(model)))
+    assert_close(expected, outputs(again, example_inputs(model)))
     merged = again.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    assert_close(expected, outputs(type(model).from_pretrained(tmp_path / "merged"), _inputs(model)), 1e-5)
+    assert_close(expected, outputs(type(model).from_pretrained(tmp_path / "merged"), example_inputs(model)), 1e-5)
 
 
 def test_it_is_quantised_as_it_loads(saved):
@@ -213,10 +215,6 @@ def test_it_is_quantised_as_it_loads(saved):
     weights = [module.weight for module in loaded.modules() if isinstance(module, torch.nn.Linear)]
     quantised = [weight for weight in weights if type(weight) not in (torch.Tensor, torch.nn.Parameter)]
     assert quantised, "nothing was quantised"
-    expected, found = outputs(model, _inputs(model)), outputs(loaded, _inputs(model))
+    expected, found = outputs(model, example_inputs(model)), outputs(loaded, example_inputs(model))
     for key, value in expected.items():
         assert (found[key] - value).abs().max() <= 0.05 * value.abs().max()
-
-
-def _inputs(model):
-    return example_inputs(model)

@@ -57,6 +57,16 @@ def check_report(report, model, directory):
     assert report["recipe"] == Recipe.from_yaml(directory / "recipe.yaml").to_dict()
 
 
+def test_what_training_measured_is_in_the_report(cli, folder):
+    schedule = {"begin": 0.1, "end": 0.5, "updates": 2, "shrink": "when_final"}
+    inputs.write_recipe(folder / "recipe.yaml", schedule=schedule)
+    done = cli("run", "recipe.yaml")
+    assert done.code == 0, done.err
+    measured = report_in(folder / "out")["measured"]
+    assert measured["step_seconds"]["n_shrunk"] == 5  # of ten steps, five of the schedule
+    assert measured.keys() == {"step_seconds", "metrics", "latency_ms", "bytes_on_disk"}
+
+
 @pytest.mark.parametrize("training", [inputs.TRAINING, None], ids=["training", "one shot"])
 def test_text_classification(cli, folder, training):
     inputs.write_recipe(folder / "recipe.yaml", training=training)

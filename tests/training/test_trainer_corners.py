@@ -87,6 +87,15 @@ def test_without_a_recipe_it_is_trainer_in_more_configurations(tmp_path, options
     ]  # fmt: skip
 
 
+def require_alike(whole, rest):
+    """A resumed run came to the result of the uninterrupted one."""
+    assert weights_equal(rest.model, whole.model)
+    assert masks_of(rest.model) == masks_of(whole.model)
+    first, second = (run.pruning_report.to_dict() for run in (whole, rest))
+    for key in ("sites", "weights", "sparsity", "totals", "checkpoint", "notes"):
+        assert first[key] == second[key], key
+
+
 @pytest.mark.parametrize("stop", [1, 5, 11, 16])
 def test_resuming_with_layers_and_dropout(tmp_path, stop):
     """At the first step, between updates, at the last update, and after training's end."""
@@ -94,11 +103,7 @@ def test_resuming_with_layers_and_dropout(tmp_path, stop):
     whole.train()
     rest = trainer(tmp_path / "rest", recipe=WITH_LAYERS, weight_decay=0.1)
     rest.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    assert weights_equal(rest.model, whole.model)
-    assert masks_of(rest.model) == masks_of(whole.model)
-    first, second = (run.pruning_report.to_dict() for run in (whole, rest))
-    for key in ("sites", "weights", "sparsity", "totals", "checkpoint", "notes"):
-        assert first[key] == second[key], key
+    require_alike(whole, rest)
 
 
 class StopAt(TrainerCallback):

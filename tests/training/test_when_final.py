@@ -5,13 +5,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from hf_prune import Pruner, PruningTrainer
-from hf_prune.apply.masks import masked_tensors, masks_of
+from hf_prune.apply.masks import masked_tensors
 from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
 from tests.training.data import RECIPE, trainer
 from tests.training.test_trainer import weights_equal
-from tests.training.test_trainer_corners import StopAt, neurons
+from tests.training.test_trainer_corners import StopAt, neurons, require_alike
 
 
 STEPS = [{"target": "layers", "sparsity": 0.34, "criterion": "random"}, *RECIPE["prune"]]
@@ -144,11 +144,7 @@ def test_resuming_across_the_shrink(tmp_path, stop):
     whole = run(tmp_path / "whole", "when_final", save_strategy="steps", save_steps=stop, **options)
     rest = trainer(tmp_path / "rest", recipe=recipe("when_final"), num_train_epochs=4, weight_decay=0.1)
     rest.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    assert weights_equal(rest.model, whole.model)
-    assert masks_of(rest.model) == masks_of(whole.model)
-    first, second = (one.pruning_report.to_dict() for one in (whole, rest))
-    for key in ("sites", "weights", "sparsity", "totals", "checkpoint", "notes"):
-        assert first[key] == second[key], key
+    require_alike(whole, rest)
 
 
 def test_the_best_model_is_loaded_into_the_small_one(tmp_path):
