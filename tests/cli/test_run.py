@@ -302,6 +302,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(cli, folder, limit):
 
 INTERRUPTED = """
     import os, signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
     from transformers import TrainerCallback
     import hf_prune.training.trainer as trainer
     init = trainer.PruningTrainer.__init__
