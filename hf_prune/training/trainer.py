@@ -216,7 +216,7 @@ class PruningMixin(_Base):
         if begun is not None:
             begun.detach()
         self.pruner = Pruner(
-            self.model,
+            self.model_wrapped,
             self.optimizer,
             self.recipe,
             n_steps=self.state.max_steps,
