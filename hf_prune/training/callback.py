@@ -16,8 +16,8 @@ class PruningCallback(TrainerCallback):
     """Prunes on the recipe's schedule from inside any `Trainer`, and shrinks the model when training ends.
 
     What it can't do, and `PruningTrainer` does: write masks into checkpoints and resume from them; keep a model from
-    before the schedule's end from becoming the best; log sparsity; keep the trained masked model on disk if verification
-    fails. After training the trainer's optimizer is stale.
+    before the schedule's end from becoming the best; distill; log sparsity (`pruner.scalars()` has it); keep the trained
+    masked model on disk if verification fails. After training the trainer's optimizer is stale. docs/training.md says more.
 
     Args:
         recipe: a `Recipe`, a mapping, or a path to YAML.

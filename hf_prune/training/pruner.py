@@ -20,7 +20,7 @@ from hf_prune.apply.masks import MaskedTensor, enforce_, masked_tensors, masks_o
 from hf_prune.calibration.batches import first_sample
 from hf_prune.errors import RecipeError
 from hf_prune.pipeline import apply_, finish_, verification_batches
-from hf_prune.plan import PruningPlan
+from hf_prune.plan import KeepMasks, PruningPlan
 from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
@@ -30,6 +30,7 @@ from hf_prune.structure.sites import kind_of
 from hf_prune.training.movement import Movement
 from hf_prune.training.rewinding import Rewinding
 from hf_prune.training.schedule import updates
+from hf_prune.training.seeing import loss_on, what_left
 from hf_prune.training.shrinking import Following, Pace, require_whole, resize_, wrap_again_
 from hf_prune.training.state import require_same_recipe
 
@@ -119,6 +120,7 @@ class Pruner:
         self.seconds = 0.0
         self._obstacle: str | None = None  # why the model was not shrunk when the schedule ended
         self._sparsity: dict[str, float] | None = None  # counting takes time, and only updates change it
+        self._seen: dict[str, float] = {}  # of the newest update
         self._hooks: list[RemovableHandle] = []
         self._structure = inspect_model(self.model)
         self._movement: Movement | None = None
@@ -147,22 +149,31 @@ class Pruner:
             return False
         self._rewinding.look(self.n_done, self.model)
         started = time.perf_counter()
+        enforce_(self.model)
+        given, before = self._batches(), self.plan
+        batches = None if given is None else list(given)
+        losses = {"pruning/loss_before": loss_on(self.model, batches, self.recipe.seed)}
         self.plan = make_plan(
             self.model,
             self.recipe,
-            calibration=self._batches(),
+            calibration=batches,
             progress=[self._progress(of_step) for of_step in self.updates],
-            previous=self.plan,
+            previous=before,
             movement=self._movement.sums if self._movement else None,
         )
         apply_(self.model, self.plan)
+        losses["pruning/loss_after"] = loss_on(self.model, batches, self.recipe.seed)
         if self._movement:
             self._movement.forget(masks_of(self.model))
         self._watch_gradients()
         self._zero_moments()
         if self.n_done == self.last_update:
             self._rewinding.rewind_(self.model, self.optimizer)
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        left = what_left(self._structure, before.masks if before else KeepMasks(), self.plan.masks)
+        self._seen = {f"pruning/left/{kind}": float(left.get(kind, 0)) for kind in self._kinds()}
+        self._seen |= {name: loss for name, loss in losses.items() if loss is not None} | {"pruning/seconds": seconds}
         if self.n_done == self.last_update and self.recipe.schedule.shrink == "when_final":
             self._shrink_on_the_way()
         self._pace.lap(time.perf_counter(), "masked", counts=False)
@@ -175,8 +186,16 @@ class Pruner:
                 reached = self.report.content["sparsity"]
             else:
                 reached = present.sparsity(self._structure, masks_of(self.model))
-            self._sparsity = {kind_of(step.target, step.part): 0.0 for step in self.recipe.prune} | reached
+            self._sparsity = dict.fromkeys(self._kinds(), 0.0) | reached
         return self._sparsity
+
+    def scalars(self) -> dict[str, float]:
+        """What the newest update did, for loggers: `sparsity/…` by kind, what left in it, the loss around it, its seconds; empty
+        before the first.
+        """
+        if not self._seen:
+            return {}
+        return {f"sparsity/{kind}": value for kind, value in self.sparsity().items()} | self._seen
 
     def finish(
         self, *, batches: Batches | None = None, inputs: str | None = None, verify: bool = True
@@ -310,6 +329,10 @@ class Pruner:
 
     def _batches(self) -> Batches | None:
         return self.calibration() if callable(self.calibration) else self.calibration
+
+    def _kinds(self) -> list[str]:
+        """What the recipe's steps remove: targets, and parts of layers."""
+        return [kind_of(step.target, step.part) for step in self.recipe.prune]
 
     def _progress(self, of_step: dict[int, float]) -> float:
         return max((progress for step, progress in of_step.items() if step <= self.n_done), default=0.0)

@@ -90,6 +90,7 @@ class PruningMixin(_Base):
         self.pruner: Pruner | None = None
         self.pruning_report: PruningReport | None = None
         self._resumed_from: str | None = None
+        self._has_updated = False  # the masks, in the step that ends
         self._is_resized = False  # to the shapes of the checkpoint that it resumes from
         self._dense: nn.Module | None = None  # before that, for a teacher
         self._finished: nn.Module | None = None
@@ -240,9 +241,17 @@ class PruningMixin(_Base):
             if self._distiller is None and self._begins_to_distill(self.pruner.n_done + 1):
                 self._distill_from(copy_of(self.pruner.model))
             with self._keeping_the_masked_model(self.pruner):
-                self.pruner.step()
+                self._has_updated = self.pruner.step()
         elif self._finished is not None:
             enforce_(self._finished)
+
+    def _log_update(self) -> None:
+        if self.pruner is not None and self._has_updated:
+            is_due = self.control.should_log  # Trainer's own log, which this one doesn't stand for
+            # not `self.log`: trainers add to it what they gather between two logs of their own
+            Trainer.log(self, self.pruner.scalars())
+            self.control.should_log = is_due
+        self._has_updated = False
 
     def _begins_to_distill(self, n_done: int) -> bool:
         assert self.recipe is not None
@@ -388,3 +397,6 @@ class _PruneAtSteps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._pruning_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._log_update()  # here, since only now the step is counted
