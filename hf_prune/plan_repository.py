@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from hf_prune.errors import CheckpointError, PruneError
-from hf_prune.remote import ERRORS, HUB_ID, address_of, explained, make_commit
+from hf_prune.remote import ERRORS, HUB_ID, address_of, checked_token, explained, make_commit
 
 
 CARD = "README.md"
@@ -43,7 +43,9 @@ hf_prune.shrink_(model)
 """
 
 
-def base_of(model: nn.Module, base_model: str | None, revision: str | None, token: str | None) -> tuple[str, str]:
+def base_of(
+    model: nn.Module, base_model: str | None, revision: str | None, token: str | bool | None
+) -> tuple[str, str]:
     """The repository that a model's weights are in, and the commit that its `revision` is at now.
 
     Raises:
@@ -56,6 +58,7 @@ def base_of(model: nn.Module, base_model: str | None, revision: str | None, toke
             f"the plan's model comes from {base or 'nowhere'!r}, which is no repository of the Hub; say in which one its "
             "weights are with base_model='owner/name'"
         )
+    token = checked_token(token)
     try:
         return base, str(HfApi(token=token, library_name="hf_prune").model_info(base, revision=revision).sha)
     except ERRORS as error:
@@ -116,6 +119,7 @@ def push(
 
 def fetch(repo_id: str, names: Sequence[str], **hub: Any) -> Path:
     """The files of a plan, in the cache."""
+    hub = {**hub, "token": checked_token(hub.get("token"))}
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(names), **hub))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 
@@ -17,6 +17,7 @@ from hf_prune.errors import CheckpointError, PruneError
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKEN = re.compile(r"[!-~]+")
 # What a push may raise: of a failed LFS upload a RuntimeError, of a header that is refused a ValueError.
 ERRORS = (HTTPError, OSError, ValueError, RuntimeError)
 
@@ -50,6 +51,7 @@ def make_commit(
             f"revision={revision!r} with create_pr=True: a pull request is always opened against `main`. "
             f"Leave one of them out."
         )
+    token = checked_token(token)
     api, branch = HfApi(endpoint=endpoint, token=token, library_name="hf_prune"), revision or "main"
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -80,6 +82,22 @@ def address_of(made: CommitInfo, revision: str | None, create_pr: bool) -> str:
     if create_pr and made.pr_url:  # none is opened where nothing differs
         return str(made.pr_url)
     return str(made.repo_url) if revision in (None, "main") else f"{made.repo_url}/tree/{revision}"
+
+
+def checked_token(token: str | bool | None) -> str | bool | None:
+    """A token without the line end that reading a file leaves there. What no header can carry would be quoted by the client.
+
+    Raises:
+        PruneError: it, or the one that is stored, holds characters that no token has.
+    """
+    given = token.strip() if isinstance(token, str) else token
+    secret = given if isinstance(given, str) else None if given is False else get_token()
+    if secret is not None and not _TOKEN.fullmatch(secret):
+        raise PruneError(
+            "the token is empty, or holds spaces, line breaks or letters outside ASCII, which no token has: copy it again, "
+            "or run `hf auth login`"
+        )
+    return given
 
 
 def explained(error: BaseException, what: str, repo_id: str, token: str | bool | None) -> PruneError:
@@ -113,5 +131,21 @@ def explained(error: BaseException, what: str, repo_id: str, token: str | bool |
         said = " ".join(str(root).split()) or type(root).__name__
         message = f"the Hub can't be reached ({said}). Check the connection, HF_ENDPOINT and HF_HUB_OFFLINE."
     message = f"Pushing {what} to {repo_id!r} failed: {message} Nothing is lost: {what} is as it was."
-    secret = token if isinstance(token, str) else get_token()
-    return kind(message.replace(secret, "<token>") if secret else message)
+    secret = token.strip() if isinstance(token, str) else get_token()
+    if not secret:
+        return kind(message)
+    for each in _chain(error):  # a traceback shows them too
+        each.args = tuple(arg.replace(secret, "<token>") if isinstance(arg, str) else arg for arg in each.args)
+    return kind(message.replace(secret, "<token>"))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and all that it was raised from."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and each not in seen:
+            seen.append(each)
+            waiting += [each.__cause__, each.__context__]
+    yield from seen

@@ -35,14 +35,15 @@ class HubHandler(BaseHTTPRequestHandler):
     def _dispatch(self) -> None:
         hub: HubServer = self.server.hub  # type: ignore[attr-defined]
         self.hub, self.store = hub, hub.store
-        self.body = self._read_body()  # always, else the next request on this connection starts inside it
         url = urlsplit(self.path)
         self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
         hub.requests.append((self.command, url.path))
         if hub.is_dead or any(method == self.command and path.search(url.path) for method, path in hub.deadly):
             hub.is_dead = self.close_connection = True
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
             self.connection.close()
             return
+        self.body = self._read_body()  # always, else the next request on this connection starts inside it
         try:
             with hub.lock:
                 for fault in hub.faults:

@@ -91,5 +91,11 @@ class HubServer:
         self.faults += [(method, re.compile(pattern), HubError(status, message))] * times
 
     def die(self, method: str, pattern: str) -> None:
-        """Makes the server die at the next request whose path matches `pattern`: no answer to it nor to any later one."""
+        """Makes the server die in the middle of the next request whose path matches `pattern`: half of its body is read, and
+        there is no answer to it nor to any later one."""
         self.deadly.append((method, re.compile(pattern)))
+
+    def revive(self) -> None:
+        """Back to life, with all that had arrived whole."""
+        self.deadly.clear()
+        self.is_dead = False

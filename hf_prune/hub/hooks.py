@@ -42,14 +42,15 @@ def _pushing(stock: Any) -> Any:
         from huggingface_hub.errors import HFValidationError, HTTPError
 
         from hf_prune.checkpoint.saving import is_pruned
-        from hf_prune.remote import explained
+        from hf_prune.remote import checked_token, explained
 
         if not is_pruned(self):
             return stock(self, repo_id, *args, **kwargs)
+        kwargs["token"] = checked_token(kwargs.get("token"))
         try:
             return stock(self, repo_id, *args, **kwargs)
         except (HTTPError, HFValidationError, OSError) as error:
-            raise explained(error, f"the {type(self).__name__}", repo_id, kwargs.get("token")) from error
+            raise explained(error, f"the {type(self).__name__}", repo_id, kwargs["token"]) from error
 
     push_to_hub._hf_prune = True  # type: ignore[attr-defined]
     return push_to_hub

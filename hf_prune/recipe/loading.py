@@ -93,6 +93,9 @@ class Recipe(RecipeDocument):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+        from hf_prune.remote import checked_token
+
+        hub = {**hub, "token": checked_token(hub.get("token"))}
         try:
             path = hf_hub_download(str(directory_or_repo), FILE_NAME, **hub)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -139,4 +139,4 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _public_name(name_or_path: str) -> str:
     """A Hub id as it is; of a local directory `./` and its last part, since reports are shared."""
-    return f"./{Path(name_or_path).name}" if Path(name_or_path).exists() else name_or_path
+    return f"./{Path(name_or_path).name}" if name_or_path and Path(name_or_path).exists() else name_or_path

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hf_prune.checkpoint.saving import check_weights
 from hf_prune.errors import CheckpointError
@@ -19,6 +22,25 @@ def begin_checkpoint(folder: Path) -> None:
     """Where a checkpoint is written over another: from now on until Trainer ends, it is not whole."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LAST).unlink(missing_ok=True)
+
+
+@contextmanager
+def without_token(arguments: Any) -> Iterator[None]:
+    """Trainer pickles its arguments beside the weights, and pushes them: meanwhile `hub_token` isn't pickled."""
+    kind: Any = type(arguments)
+    own = vars(kind).get("__getstate__")
+
+    def without(self: Any) -> dict[str, Any]:
+        return {**self.__dict__, "hub_token": None}
+
+    kind.__getstate__ = without
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.__getstate__
+        else:
+            kind.__getstate__ = own
 
 
 def last_complete(directory: Path, n_processes: int, *, is_pruned: bool = True, with_optimizer: bool = True) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from hf_prune.plan import PruningPlan
 from hf_prune.planning import RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
-from hf_prune.training.checkpoints import begin_checkpoint, last_complete
+from hf_prune.training.checkpoints import begin_checkpoint, last_complete, without_token
 from hf_prune.training.distillation import Distiller, copy_of, save_teacher
 from hf_prune.training.pruner import Pruner, require_known_parameters, unwrap
 from hf_prune.training.schedule import first_step
@@ -124,6 +124,10 @@ class PruningMixin(_Base):
             save_state(self.pruner.state_dict(), folder)
         super()._save_checkpoint(model, trial)
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_token():
+            super()._save(*args, **kwargs)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.pruner is not None:
@@ -205,9 +209,14 @@ class PruningMixin(_Base):
         if self.is_world_process_zero() and is_pruned(model):
             # a model that was pruned before this training: Trainer copies config and weights only
             add_side_files(model, Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._without_token():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     # pruning's own
+
+    def _without_token(self) -> AbstractContextManager[None]:
+        prunes = self.recipe is not None or is_pruned(unwrap(self.model))
+        return without_token(self.args) if prunes else nullcontext()
 
     def _begin_pruning(self) -> None:
         assert self.recipe is not None

@@ -35,6 +35,11 @@ def pruned(recipe=UNEVEN, name="bert"):
     return model
 
 
+def contents(directory):
+    """What each file holds, by name."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def tokenizer():
     """One that splits at spaces, made here: no download."""
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hello": 3, "hub": 4}, unk_token="[UNK]"))
