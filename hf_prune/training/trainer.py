@@ -93,6 +93,7 @@ class PruningMixin(_Base):
         self._has_updated = False  # the masks, in the step that ends
         self._is_resized = False  # to the shapes of the checkpoint that it resumes from
         self._dense: nn.Module | None = None  # before that, for a teacher
+        self._begun_on: nn.Module | None = None  # what `pruner` was made for
         self._finished: nn.Module | None = None
         self.teacher_model = teacher_model
         self._distiller: Distiller | None = None
@@ -194,9 +195,14 @@ class PruningMixin(_Base):
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.pruner is not None:
-            logs = {**logs, **{f"sparsity/{target}": value for target, value in self.pruner.sparsity().items()}}
-        super().log(logs, *args, **kwargs)
+        if self.pruner is None:
+            return super().log(logs, *args, **kwargs)
+        sparsity = {f"sparsity/{kind}": value for kind, value in self.pruner.sparsity().items()}
+        told = {**logs, **sparsity}
+        super().log(told, *args, **kwargs)
+        # what Trainer adds, such as the epoch, is in what `evaluate` returns too; sparsity is no metric
+        logs.update({name: value for name, value in told.items() if name not in sparsity})
+        return None
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._finalize_training(*args, **kwargs)
@@ -225,6 +231,8 @@ class PruningMixin(_Base):
         begun = self.pruner  # of a training that broke off: by an error, or to start anew with a smaller batch
         if begun is not None:
             begun.detach()
+        if self._begun_on is not unwrap(self.model):
+            begun, self._begun_on = None, unwrap(self.model)  # another model: the next trial of a search
         self.pruner = Pruner(
             self.model_wrapped,
             self.optimizer,

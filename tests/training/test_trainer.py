@@ -10,7 +10,6 @@ import hf_prune
 from hf_prune import VerificationError
 from hf_prune.apply.masks import masked_tensors, masks_of
 from hf_prune.errors import CheckpointError
-from tests import zoo
 from tests.training.data import RECIPE, trainer
 
 
@@ -18,20 +17,6 @@ def weights_equal(a, b):
     a, b = a.state_dict(), b.state_dict()
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}, {"bf16": True}, {"label_smoothing_factor": 0.1}],
-    ids=str,
-)
-def test_without_a_recipe_it_is_trainer_bit_for_bit(tmp_path, options):
-    ours = trainer(tmp_path / "ours", recipe=None, **options)  # making it sets the seed
-    loss = ours.train().training_loss
-    stock = trainer(tmp_path / "stock", recipe=None, kind=Trainer, **options)
-    assert stock.train().training_loss == loss
-    assert weights_equal(ours.model, stock.model)
-    assert not weights_equal(ours.model, zoo.build("bert"))
 
 
 class Watch(TrainerCallback):

@@ -64,29 +64,6 @@ def test_masked_entries_stay_zero_with_every_optimizer(tmp_path, options, dtype)
     assert verification["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"optim": "adamw_torch_fused", "gradient_accumulation_steps": 4},
-        {"optim": "adafactor"},
-        {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2},
-        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True},
-        {"gradient_checkpointing": True, "max_steps": 5},
-        {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
-    ],
-    ids=str,
-)
-def test_without_a_recipe_it_is_trainer_in_more_configurations(tmp_path, options):
-    ours = trainer(tmp_path / "ours", recipe=None, **options)
-    ours.train()
-    stock = trainer(tmp_path / "stock", recipe=None, kind=Trainer, **options)
-    stock.train()
-    assert weights_equal(ours.model, stock.model)
-    assert [{k: v for k, v in entry.items() if not k.endswith(("runtime", "per_second"))} for entry in ours.state.log_history] == [
-        {k: v for k, v in entry.items() if not k.endswith(("runtime", "per_second"))} for entry in stock.state.log_history
-    ]  # fmt: skip
-
-
 def require_alike(whole, rest):
     """A resumed run came to the result of the uninterrupted one."""
     assert weights_equal(rest.model, whole.model)
