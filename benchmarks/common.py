@@ -140,8 +140,10 @@ def describe(inputs: Path, packages: Iterable[str]) -> dict[str, Any]:
         origin = windows.metadata()
     hashed = hashlib.sha256()
     for path in sorted(inputs.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashed.update(hashlib.file_digest(file, "sha256").digest())
+        with safe_open(path, "pt") as file:  # what is in it: a writer may order a file's header as it likes
+            for name in sorted(file.keys()):
+                hashed.update(f"{name} {file.get_slice(name).get_shape()}".encode())
+                hashed.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy())
     return {
         "inputs": hashed.hexdigest(),
         "windows": sizes,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_prune.apply.masks import masked_entries, masks_of, set_masks
+from hf_prune.apply.masks import check_masks, masked_entries, masks_of, set_masks
 from hf_prune.apply.replace import remove_biases_, replace_, require_fitting
 from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
@@ -34,13 +34,16 @@ def apply_(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         PruneError: the plan was made for another model.
     """
+    _apply(model, plan, replace_)
+
+
+def _apply(model: nn.Module, plan: PruningPlan, put_: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
     plan.require_model(model)
     require_fitting(model, plan.replacements, plan.added)
     masks = masks_of(model) & plan.masks
+    check_masks(model, masks, inspect_model(model))
+    put_(model, plan.replacements)
     set_masks(model, masks)
-    if plan.replacements:
-        replace_(model, plan.replacements)
-        set_masks(model, masks)
 
 
 def shrink_(model: nn.Module) -> ShrinkRecord:
@@ -110,7 +113,7 @@ def finish_(
             del smaller
             _, verdict = _shrink(model, dense.sample)
         else:
-            pruned = measure_totals(model, dense.sample)
+            pruned = measure_totals(model, dense.sample) if masks.units else dense
     notes = list(plan.notes) if plan else []
     n_bypassed = sum(int((~masks.units[s.key]).sum()) for s in structure.of("layers") if s.key in masks.units)
     if n_bypassed and not shrink:
@@ -167,7 +170,7 @@ def prune_(
     planned = time.perf_counter() - started
     undo = _Undo(model, plan)
     try:
-        apply_(model, plan)
+        _apply(model, plan, undo.replace_)
         return finish_(
             model,
             recipe,
@@ -192,17 +195,26 @@ class _Undo:
         self.entries = [
             (entry, entry.values(parameters[entry.name]))
             for entry in masked_entries(inspect_model(model), self.before & plan.masks)
+            if entry.name not in plan.replacements
         ]
         self.added = [name for name in plan.added if name not in parameters]
-        self.replaced = {name: parameters[name].detach().clone() for name in plan.replacements.keys() - self.added}
+        self.replaced: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def replace_(self, model: nn.Module, values: dict[str, Tensor]) -> None:
+        """Put `values` in place, emptying it on the way: the old value of one parameter takes the room of the new."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in values.keys() & parameters.keys():
+            self.replaced[name] = parameters[name].detach().clone()
+            parameters[name].copy_(values.pop(name))
+        replace_(model, values)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
         set_masks(model, self.before)
         remove_biases_(model, self.added)
+        replace_(model, self.replaced)
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, value in self.replaced.items():
-            parameters[name].copy_(value)
         for entry, values in self.entries:
             entry.restore_(parameters[entry.name], values)
 

@@ -101,6 +101,28 @@ def test_a_failed_verification_restores_the_model(monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("criterion", ["l1", "sparsegpt"])
+def test_new_values_and_zeros_are_taken_back_after_a_failure(monkeypatch, criterion):
+    model = zoo.build("llama")
+    steps = [
+        {"target": "ffn_neurons", "sparsity": 0.25},
+        {"target": "weights", "sparsity": 0.5, "criterion": criterion},
+    ]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+
+    def fails(masked, *args, **kwargs):
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert not torch.equal(masked.get_parameter(name), before[name])
+        raise hf_prune.VerificationError("no")
+
+    monkeypatch.setattr("hf_prune.pipeline.verify_models", fails)
+    with pytest.raises(hf_prune.VerificationError):
+        hf_prune.prune_(model, recipe(*steps), calibration=calibration(model, 4))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameters[name] is value for name, value in model.named_parameters()) and not masks_of(model)
+
+
 def test_uniform_sizes_load_with_plain_transformers():
     model = zoo.build("llama")
     report = hf_prune.prune_(model, recipe({"target": "ffn_neurons", "sparsity": 0.4, "uniform": True, "round_to": 8}))

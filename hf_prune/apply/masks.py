@@ -55,7 +55,10 @@ class MaskedTensor:
         if self.index is not None:
             return tensor.detach().index_select(self.dim, self.index.to(tensor.device))
         if self.keep is not None:
-            return tensor.detach()[~self.keep.to(tensor.device)]
+            gone = ~self.keep.to(tensor.device)
+            # allocated before the larger buffers of the selection, which then leave no gap in memory
+            values = tensor.new_empty(int(gone.sum()))
+            return torch.masked_select(tensor.detach(), gone, out=values)
         return tensor.detach().clone()
 
     def restore_(self, tensor: Tensor, values: Tensor) -> None:
@@ -103,7 +106,7 @@ def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | No
         PruneError: a mask names no site or parameter of the model, or has another shape.
     """
     structure = structure or inspect_model(model)
-    _check(model, masks, structure)
+    check_masks(model, masks, structure)
     clear_masks(model)
     for site in structure.of("layers"):
         if site.key in masks.units:
@@ -160,7 +163,8 @@ def enforce_(model: nn.Module) -> None:
         entry.zero_(parameter)
 
 
-def _check(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
+def check_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
+    """Refuse masks that don't fit, as `set_masks` does, before anything is changed."""
     sites = {site.key: site.n_units for site in structure.sites}
     least = {site.key: site.n_least for site in structure.sites}
     for key, keep in masks.units.items():

@@ -48,14 +48,19 @@ def units_there(structure: ModelStructure, masks: KeepMasks, site: Site) -> Tens
 
 
 def present_entries(structure: ModelStructure, masks: KeepMasks, site: WeightSite) -> Tensor:
-    """Entries of a weight outside removed units and dropped layers: bool, the weight's shape. Zeros count as there."""
-    present = torch.ones(site.shape, dtype=torch.bool)
+    """Entries of a weight outside removed units and dropped layers: bool, the weight's shape. Zeros count as there.
+
+    Not to be changed in place: where all or none are there, one element stands for them.
+    """
+    all_, none = (torch.tensor(value).expand(site.shape) for value in (True, False))
     if is_inside(site, dropped_modules(structure, masks)):
-        return present.zero_()
+        return none
+    present = all_
     for key, keep in masks.units.items():
         gone = torch.nonzero(~keep).reshape(-1)
         for piece in structure[key].slices if len(gone) else ():
             if piece.name == site.name:
+                present = present.clone() if present is all_ else present
                 present.index_fill_(piece.dim, piece.index(gone), False)
     return present
 

@@ -19,6 +19,7 @@ from hf_prune.errors import CalibrationError
 
 Inputs = dict[str, Any]
 IGNORED_LABEL = -100
+PIECE_TOKENS = 1024  # what runs at once on a CPU: activations stay in its caches, and matrix products lose nothing
 
 
 def take(calibration: Iterable[Mapping[str, Any]] | None, samples: int | None = None) -> list[Inputs]:
@@ -47,7 +48,7 @@ def take(calibration: Iterable[Mapping[str, Any]] | None, samples: int | None = 
         inputs = dict(item)
         size = n_samples(inputs, index)
         if samples is not None and n_taken + size > samples:
-            inputs = _first(inputs, size, samples - n_taken)
+            inputs = _samples(inputs, size, 0, samples - n_taken)
             size = n_samples(inputs, index)
         taken.append(inputs)
         n_taken += size
@@ -106,21 +107,24 @@ def _n_tokens(batch: Mapping[str, Any]) -> int:
     return int((mask != 0).sum(1).max()) if is_mask else ids.shape[1]  # type: ignore[union-attr]
 
 
-def _first(inputs: Inputs, size: int, wanted: int) -> Inputs:
-    """The first `wanted` of `size` samples; all of them where a tensor holds those of all samples in another way.
+def _samples(inputs: Inputs, size: int, start: int, stop: int) -> Inputs:
+    """Samples `start` to `stop` of `size`; `inputs` itself where that is all, or a tensor holds samples in another way.
 
     Patches of images one after the other (Qwen-VL), or codes of several books (MusicGen), can't be cut by sample.
     """
-    if any(isinstance(value, Tensor) and value.dim() and len(value) != size for value in inputs.values()):
+    if (start, min(stop, size)) == (0, size) or any(
+        isinstance(value, Tensor) and value.dim() and len(value) != size for value in inputs.values()
+    ):
         return inputs
     return {
-        name: value[:wanted] if isinstance(value, Tensor) and value.dim() else value for name, value in inputs.items()
+        name: value[start:stop] if isinstance(value, Tensor) and value.dim() else value
+        for name, value in inputs.items()
     }
 
 
 def first_samples(batch: Mapping[str, Any], wanted: int) -> Inputs:
     """At most `wanted` samples of a batch, if it can be cut."""
-    return _first(dict(batch), n_samples(batch), wanted)
+    return _samples(dict(batch), n_samples(batch), 0, wanted)
 
 
 def first_sample(batches: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -196,10 +200,23 @@ class Batch:
 
 
 def dealt(batches: Sequence[Mapping[str, Any]], device: torch.device) -> Iterator[Batch]:
-    """This process's share of what all processes pass alike: every world-th batch, one at a time on `device`."""
+    """This process's share of what all processes pass alike: every world-th batch, on `device`.
+
+    On a CPU a batch of texts comes in pieces of `PIECE_TOKENS`, which are faster and hold less at once; all have its index.
+    """
     rank, world = rank_and_world()
     for index in range(rank, len(batches), world):
-        yield Batch.of(index, batches[index], device)
+        inputs = dict(batches[index])
+        size = n_samples(inputs, index)
+        ids = inputs.get("input_ids")
+        at_once = size
+        if device.type == "cpu" and isinstance(ids, Tensor) and ids.dim() == 2:
+            at_once = max(1, PIECE_TOKENS // max(1, ids.shape[1]))
+        for start in range(0, size, at_once):
+            piece = _samples(inputs, size, start, start + at_once)
+            yield Batch.of(index, piece, device)
+            if piece is inputs:
+                break
 
 
 def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

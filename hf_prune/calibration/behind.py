@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.batches import Batch
 from hf_prune.calibration.blocks import Chain, answering
-from hf_prune.calibration.loss import loss_sum, n_labels
+from hf_prune.calibration.loss import loss_sum, n_labels, require_labels
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.errors import CalibrationError
 
@@ -46,4 +46,5 @@ def mean_losses(
     raise_together(error)
     count = torch.tensor([sum(n_labels(model, batch) for batch in batches)], dtype=torch.float64)
     sum_over_processes([total, count])
-    return total / count.clamp(min=1)
+    require_labels(int(count))
+    return total / count

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from hf_prune.calibration import statistics as names
 from hf_prune.calibration.batches import Batch, dealt, take, without_logits
 from hf_prune.calibration.branches import Join, PartGates, PartSums, find_joins
-from hf_prune.calibration.loss import loss_sum, n_labels, with_labels
+from hf_prune.calibration.loss import loss_sum, n_labels, require_labels, with_labels
 from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.calibration.routing import RoutedNorms, RoutedShares
@@ -77,6 +77,8 @@ def collect(
     raise_together(error)
     sums = [total for _, recorder in recorders for total in (*recorder.sums.values(), *recorder.counts.values())]
     sum_over_processes([*sums, n_seen])
+    if with_gradients:
+        require_labels(int(n_seen[1]))
     return _statistics(recorders, int(n_seen[0]), int(n_seen[1]))
 
 
@@ -142,7 +144,7 @@ def _run(model: nn.Module, batch: Batch, recorders: Sequence[tuple[str, Recorder
         recorder.begin(batch)
     with torch.set_grad_enabled(with_gradients):
         outputs = model(**(batch.inputs if with_gradients else without_logits(model, batch.inputs)))
-        if with_gradients:
+        if count:  # a piece of a batch may hold no label
             loss = loss_sum(outputs, batch, count)
             if not loss.requires_grad:
                 raise CalibrationError(

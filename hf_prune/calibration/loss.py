@@ -37,8 +37,21 @@ def n_labels(model: nn.Module, batch: Batch) -> int:
     return int((labels != IGNORED_LABEL).sum())
 
 
+def require_labels(count: int) -> None:
+    """Refuse data without a single label.
+
+    Raises:
+        CalibrationError: `count` is 0.
+    """
+    if not count:
+        raise CalibrationError(
+            f"the calibration data hold no label (all are {IGNORED_LABEL}), and the criterion needs a loss. Pass labels, or "
+            "use a criterion without a loss: l1, l2, activation."
+        )
+
+
 def loss_sum(outputs: Any, batch: Batch, count: int) -> Tensor:
-    """The model's mean loss times the `count` of its terms, float32 scalar.
+    """The model's mean loss times the `count` of its terms, float32 scalar; 0 of none, whose mean is no number.
 
     Raises:
         CalibrationError: the model returned no loss, or one that isn't finite.
@@ -49,6 +62,8 @@ def loss_sum(outputs: Any, batch: Batch, count: int) -> Tensor:
             f"calibration batch {batch.index} gave no loss (keys: {sorted(batch.inputs)}), and the criterion needs "
             "one. Add the labels that the model takes, or use a criterion without a loss: l1, l2, activation."
         )
+    if not count:
+        return torch.zeros_like(loss)
     if not torch.isfinite(loss).all():
         raise CalibrationError(
             f"the loss of calibration batch {batch.index} is {loss.item()}; expected a finite number. Look for broken "

@@ -9,6 +9,7 @@ Axes: B samples, T positions, d entries, n_units, width entries a unit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,7 @@ class InputSums:
     ):
         self._model, self._of = model, of
         self._decoder = decoder_modules(model)
+        self._last: tuple[_Seen, Tensor, int] | None = None  # an input, its sum, its tokens
         self.sums = {name: zeros(size) for name, size in _input_sizes(model, sites)}
         self.counts = {name: zeros(1) for name in self.sums}
 
@@ -60,15 +62,40 @@ class InputSums:
         self._batch = batch
 
     def end(self) -> None:
+        self._last = None
         require_finite(self.sums, self._batch, "inputs")
 
     def _hook(self, name: str, in_decoder: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = self._batch.tokens(_first_tensor(args, kwargs).detach(), in_decoder)  # (n_tokens, d_in)
-            self.sums[name] += float64(self._of(at_least_float32(x)), dim=(0,))
-            self.counts[name] += len(x)
+            total, n_tokens = self._sum(_first_tensor(args, kwargs), in_decoder)
+            self.sums[name] += total
+            self.counts[name] += n_tokens
 
         return hook
+
+    def _sum(self, x: Tensor, in_decoder: bool) -> tuple[Tensor, int]:
+        """Of an input, and over how many tokens; once for modules in a row that share it, as query, key and value do."""
+        if self._last is not None and self._last[0].is_same(x):
+            return self._last[1], self._last[2]
+        tokens = self._batch.tokens(x.detach(), in_decoder)  # (n_tokens, d_in)
+        total = float64(self._of(at_least_float32(tokens)), dim=(0,))
+        self._last = _Seen.of(x), total, len(tokens)
+        return total, len(tokens)
+
+
+@dataclass
+class _Seen:
+    """A tensor, and how often it was changed in place by then; None where nobody counts (inference mode)."""
+
+    tensor: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Seen:
+        return cls(tensor, None if tensor.is_inference() else tensor._version)
+
+    def is_same(self, tensor: Tensor) -> bool:
+        return self.version is not None and tensor is self.tensor and tensor._version == self.version
 
 
 class LayerSums:

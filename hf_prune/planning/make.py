@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_prune.apply.masks import masks_of
 from hf_prune.calibration.batches import shortfall
+from hf_prune.calibration.memory import give_back
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import KeepMasks, PruningPlan, made_for
 from hf_prune.planning.repair import Wanted, repair
@@ -77,6 +78,7 @@ def make_plan(
         if planner.updates_weights:
             repairs.make()  # what is repaired is then pruned further, not the other way round
         plan.steps.append(planner.choose(before, reached, plan))
+        give_back()
         repairs.ask_for(step, plan.steps[-1])
     repairs.make()
     if reads_data and batches:
@@ -131,6 +133,7 @@ class _Repairs:
                 offload=self.recipe.calibration.offload,
                 seed=self.recipe.seed,
             )
+            give_back()
             plan.replacements.update(found.values)
             plan.added += found.added
             notes = [*found.notes, *([found.note()] if found.ridges else [])]

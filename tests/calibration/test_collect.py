@@ -4,13 +4,16 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch import nn
 
 from hf_prune.calibration import collect
 from hf_prune.calibration.statistics import MOVEMENT, ROUTED_NORMS, ROUTED_SHARES, Statistics
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import KeepMasks
+from hf_prune.planning import make_plan
 from hf_prune.planning.sparsify import sparsify
 from hf_prune.structure import inspect_model
+from hf_prune.structure.sites import WeightSite
 from tests import zoo
 
 
@@ -42,6 +45,64 @@ def test_batch_size_does_not_matter():
         assert a.keys() == b.keys() and a
         for key in a:
             assert torch.allclose(a[key], b[key], rtol=1e-5, atol=1e-12), key
+
+
+def labelled(first):
+    """One batch of four samples, of which the first `first` have no label."""
+    (whole,) = data(4)
+    labels = whole["input_ids"].masked_fill(whole["attention_mask"] == 0, -100)
+    labels[:first] = -100
+    return whole | {"labels": labels}
+
+
+@pytest.mark.parametrize("split", [[1, 1, 1, 1], [3, 1]])
+def test_pieces_of_a_batch_give_what_the_batch_gives(monkeypatch, split):
+    def of(piece_tokens):
+        monkeypatch.setattr("hf_prune.calibration.batches.PIECE_TOKENS", piece_tokens)
+        model = zoo.build("llama", torch.float64)
+        structure, sizes = inspect_model(model), []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        return collect(model, [labelled(1)], NEEDS, [*structure.sites, *structure.weights]), sizes
+
+    whole, sizes = of(1024)
+    assert sizes[-1] == 4
+    pieces, sizes = of(8 * split[0])  # samples are 8 tokens long; the first by itself is a piece without labels
+    assert sizes[-len(split) :] == split
+    assert (whole.n_samples, whole.n_labels) == (pieces.n_samples, pieces.n_labels)
+    for name in NEEDS:
+        for key, value in getattr(whole, name).items():
+            assert torch.allclose(getattr(pieces, name)[key], value, rtol=1e-5, atol=1e-12), (name, key)
+
+
+def test_data_without_any_label_are_refused():
+    model = zoo.build("llama")
+    with pytest.raises(CalibrationError, match=r"hold no label \(all are -100\)"):
+        collect(model, [labelled(4)], frozenset({"gate_gradients"}), inspect_model(model).sites)
+    step = {"target": "layers", "sparsity": 0.34, "criterion": "loss_change"}
+    with pytest.raises(CalibrationError, match="hold no label"):
+        make_plan(model, {"version": 1, "prune": [step]}, calibration=[labelled(4)])
+
+
+def test_an_input_that_is_changed_in_place_is_looked_at_again():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x):
+            y = self.first(x) + self.second(x)
+            return y + self.third(x.mul_(2))
+
+    model = Twice()
+    sites = [WeightSite(f"{name}.weight", name, (3, 3), reduction_dim=1) for name in ("first", "second", "third")]
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            found = collect(model, [{"x": torch.ones(2, 5, 3)}], frozenset({"squared_inputs"}), sites).squared_inputs
+        assert {name: values.tolist() for name, values in found.items()} == {
+            "first": [1.0] * 3, "second": [1.0] * 3, "third": [4.0] * 3
+        }  # fmt: skip
 
 
 def test_the_model_is_as_it_was():
