@@ -16,7 +16,7 @@ from hf_prune.job.fit import check_fit, totals
 from hf_prune.job.models import meta_model, model_class, read_config
 from hf_prune.job.progress import Stages
 from hf_prune.job.run import compare
-from hf_prune.job.tasks import Prepared, accuracy
+from hf_prune.job.tasks import Accuracy, Prepared
 from hf_prune.pipeline import apply_, finish_
 from hf_prune.recipe import Recipe
 from hf_prune.recipe.fields import MacBudget
@@ -111,7 +111,7 @@ def _made_up(recipe: Recipe, task: str) -> Prepared:
         is_text_generation = task == "text-generation"
         sample["labels"] = sample["input_ids"].clone() if is_text_generation else torch.tensor(number % _N_CLASSES)
         samples.append(sample)
-    metric = None if task == "text-generation" else accuracy
+    metric = None if task == "text-generation" else Accuracy([str(number) for number in range(_N_CLASSES)])
     auto = model_class(task)
     return Prepared(
         samples, samples[:16], _NoProcessor(), default_data_collator, lambda: auto.from_config(config), metric

@@ -23,7 +23,7 @@ from hf_prune.job.models import check_files, meta_model, model_class
 from hf_prune.job.output import TRAINING, check_output, save, writing
 from hf_prune.job.progress import Stages
 from hf_prune.job.sources import load_splits, one_line, resolve
-from hf_prune.job.tasks import Prepared, metrics_of, prepare
+from hf_prune.job.tasks import Prepared, by_part, metrics_of, prepare
 from hf_prune.pipeline import prune_
 from hf_prune.planning import refuse_without_training
 from hf_prune.recipe import Recipe
@@ -115,6 +115,7 @@ def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) ->
         recipe = recipe.model_copy(update={"training": without})
     models: dict[str, Any] = {}
     metrics: dict[str, dict[str, float]] = {}
+    parts: dict[str, dict[str, Any]] = {}
     report: PruningReport | None = None
     for side in ("dense", "pruned"):
         set_seed(recipe.seed)  # so that new heads begin alike
@@ -130,11 +131,12 @@ def _compare(recipe: Recipe, task: Prepared, directory: Path, stages: Stages) ->
                 report = prune_(trainer.model, recipe, calibration=calibration_batches(recipe, task))
         with stages.stage(f"{side}: evaluation"):
             metrics[side] = metrics_of(trainer.evaluate())
+            parts[side] = by_part(task, trainer)
         models[side] = trainer.model
     assert report is not None
     if PartialState().is_main_process:
         with stages.stage("measuring"):
-            report.content["measured"] |= {"metrics": metrics, **_measured(models, task)}
+            report.content["measured"] |= {"metrics": metrics, **_by_part(parts), **_measured(models, task)}
         with stages.stage("saving"):
             save(models, task.processor, report, recipe, directory)
             report.content["checkpoint"]["reload_difference"] = _reload_difference(recipe, task, models, directory)
@@ -219,6 +221,15 @@ def calibration_batches(recipe: Recipe, task: Prepared) -> list[dict[str, Any]]:
     calibration = recipe.calibration
     loader = DataLoader(task.train, batch_size=calibration.batch_size, collate_fn=task.collator)
     return take((dict(batch) for batch in loader), min(calibration.samples, len(task.train)))
+
+
+def _by_part(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Dense beside pruned, by class or domain; nothing where the data are of one kind."""
+    about = parts["pruned"]
+    if len(about["values"]) < 2:
+        return {}
+    values = {side: part["values"] for side, part in parts.items()}
+    return {"by_part": {key: about[key] for key in ("of", "metric", "n_samples")} | values}
 
 
 def _measured(models: Mapping[str, nn.Module], task: Prepared) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from hf_prune.job.sources import one_line, require_column
 from hf_prune.recipe import Recipe
 
 
+MOST_DOMAINS = 100  # each is evaluated by itself
+
+
 @dataclass
 class Prepared:
     """A task on its data: everything that a Trainer needs but the model."""
@@ -26,7 +29,8 @@ class Prepared:
     processor: Any
     collator: Any
     load_model: Callable[[], Any]
-    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    compute_metrics: Accuracy | None = None
+    domains: Mapping[str, Any] = field(default_factory=dict)  # the evaluation data again, by domain
 
     def batch(self, size: int) -> dict[str, torch.Tensor]:
         """The first `size` samples of the evaluation data, collated; repeated where there are fewer."""
@@ -43,6 +47,15 @@ def prepare(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
     """
     assert recipe.model is not None and recipe.data is not None
     return _TASKS[recipe.model.task](recipe, train, evaluation)
+
+
+def by_part(task: Prepared, trainer: Any) -> dict[str, Any]:
+    """By class or domain, of a trainer that has just evaluated: `of`, `metric`, and how many and what value of each."""
+    if task.compute_metrics is not None:
+        return {"of": "class", "metric": "accuracy", **task.compute_metrics.by_class}
+    measured = {name: metrics_of(trainer.evaluate(data))["perplexity"] for name, data in task.domains.items()}
+    n_samples = {name: len(data) for name, data in task.domains.items()}
+    return {"of": "domain", "metric": "perplexity", "n_samples": n_samples, "values": measured}
 
 
 def metrics_of(evaluated: Mapping[str, float]) -> dict[str, float]:
@@ -75,7 +88,7 @@ def _text_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepare
         tokenizer,
         DataCollatorWithPadding(tokenizer),
         lambda: load_model(recipe, **labels.config()),
-        accuracy,
+        Accuracy(labels.names),
     )
 
 
@@ -95,14 +108,22 @@ def _text_generation(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
         _require_known(blocks, config, tokenizer)
         return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
-    train, evaluation = _mapped(encode, train, evaluation)
+    domains = _domains(evaluation, data.label_column)
+    train, evaluation, *each = _mapped(encode, train, evaluation, *domains.values())
     for name, split in (("training", train), ("evaluation", evaluation)):
         if not len(split):
             raise RecipeError(
                 f"data.max_length: the {name} data are shorter than one block of {data.max_length} tokens; lower it, or "
                 "give more text"
             )
-    return Prepared(train, evaluation, tokenizer, default_data_collator, lambda: load_model(recipe))
+    return Prepared(
+        train,
+        evaluation,
+        tokenizer,
+        default_data_collator,
+        lambda: load_model(recipe),
+        domains={name: blocks for name, blocks in zip(domains, each, strict=True) if len(blocks)},
+    )
 
 
 def _image_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepared:
@@ -130,7 +151,7 @@ def _image_classification(recipe: Recipe, train: Any, evaluation: Any) -> Prepar
         processor,
         default_data_collator,
         lambda: load_model(recipe, **labels.config()),
-        accuracy,
+        Accuracy(labels.names),
     )
 
 
@@ -183,7 +204,37 @@ def _require_known(blocks: list[list[int]], config: Any, tokenizer: Any) -> None
         )
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """`compute_metrics` of a classifier."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+def _domains(evaluation: Any, column: str) -> dict[str, Any]:
+    """Texts by what a column says of them; none where it isn't there, or says something else of nearly each."""
+    values = evaluation[column][:] if column in evaluation.column_names else []
+    if not all(isinstance(value, (str, int)) for value in values):
+        return {}
+    rows: dict[str | int, list[int]] = {}
+    for number, value in enumerate(values):
+        rows.setdefault(value, []).append(number)
+    if not 2 <= len(rows) <= MOST_DOMAINS:
+        return {}
+    names = getattr(evaluation.features[column], "names", None)
+    return {str(names[value] if names else value): evaluation.select(rows[value]) for value in sorted(rows)}
+
+
+class Accuracy:
+    """`compute_metrics` of a classifier; `by_class` is that of the last evaluation.
+
+    Args:
+        names: of the classes, by number.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        self.by_class: dict[str, dict[str, Any]] = {"n_samples": {}, "values": {}}
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        right, labels = np.argmax(logits, axis=-1) == prediction.label_ids, prediction.label_ids
+        of_class = {name: labels == number for number, name in enumerate(self.names) if (labels == number).any()}
+        self.by_class = {
+            "n_samples": {name: int(rows.sum()) for name, rows in of_class.items()},
+            "values": {name: float(right[rows].mean()) for name, rows in of_class.items()},
+        }
+        return {"accuracy": float(right.mean())}

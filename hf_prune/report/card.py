@@ -24,6 +24,7 @@ from hf_prune.report.table import (
     hardware_words,
     is_smaller,
     no_change,
+    part_rows,
     relative_change,
     sample_shape,
     shown,
@@ -34,6 +35,7 @@ from hf_prune.report.verdict import verdict
 
 _TEMPLATE = "card.md.j2"
 _NO_REPOSITORY = "path/or/repo"  # in the examples, until it is known where the model goes
+_MOST_PARTS = 20  # classes or domains in the card; all are in the report
 _TITLES = {"macs": "MACs", "bytes": "bytes in memory"}
 _UNITS = {
     "layers": "layer",
@@ -154,10 +156,10 @@ def _eval_results(
 
 
 def _metrics(report: dict[str, Any]) -> list[tuple[str, float | None, float | None]]:
-    """`(name, dense, pruned)` of all that was measured except latency and size."""
+    """`(name, dense, pruned)` of all that was measured of the whole data, except latency and size."""
     rows = []
     for key, value in (report.get("measured") or {}).items():
-        if key in ("latency_ms", "bytes_on_disk") or not isinstance(value, Mapping):
+        if key in ("latency_ms", "bytes_on_disk", "by_part") or not isinstance(value, Mapping):
             continue
         dense, pruned = value.get("dense"), value.get("pruned")
         if not isinstance(dense, Mapping) and not isinstance(pruned, Mapping):
@@ -234,6 +236,7 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
             relative_change,
         ),
         ("Quality", _of_quality(report), _metrics(report), difference),
+        _of_parts(report),
         (
             "Speed",
             f"Measured on {hardware}." if hardware else "Measured; the hardware wasn't recorded.",
@@ -259,6 +262,18 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
         for title, note, rows, change in tables
         if rows
     ]
+
+
+def _of_parts(report: dict[str, Any]) -> tuple[str, str, list[tuple[str, float | None, float | None]], Any]:
+    """The table of classes or domains; it is left out where there are none."""
+    about, rows = (report.get("measured") or {}).get("by_part") or {}, part_rows(report)
+    kind = about.get("of", "class")
+    note = f"The {about.get('metric')} of each, by {kind}; first what lost most"
+    note += f", {_MOST_PARTS} of {len(rows)}." if len(rows) > _MOST_PARTS else "."
+    shown_rows = [
+        (f"{name} ({_several(n, 'sample')})", _number(dense), _number(pruned)) for name, n, dense, pruned in rows
+    ]
+    return f"Quality by {kind}", note, shown_rows[:_MOST_PARTS], difference
 
 
 def _of_quality(report: dict[str, Any]) -> str:
@@ -307,6 +322,8 @@ def _limits(report: dict[str, Any]) -> list[str]:
         )
     else:
         limits.append("No metric was recorded: nothing here says how much quality was lost. Evaluate before use.")
+    if metrics and not measured.get("by_part"):
+        limits.append("How much quality fell by class or domain was not measured.")
     if measured.get("latency_ms"):
         limits.append("Speed holds for the hardware named; fewer parameters gain less at small batches.")
     else:

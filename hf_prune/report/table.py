@@ -13,6 +13,7 @@ from hf_prune.report.verdict import verdict
 
 
 _FEW = 8  # units that are named one by one
+_WORST = 3  # classes or domains that are named in a line
 
 
 def site_table(content: Mapping[str, Any]) -> Table:
@@ -96,6 +97,10 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         )
     if content["measured"].get("metrics", {}).get("dense"):
         said.append(f"dense: {dense_words(content)}")
+    if rows := part_rows(content):
+        about = content["measured"]["by_part"]
+        worst = "; ".join(f"{name} {shown(old)} → {shown(new)} ({n})" for name, n, old, new in rows[:_WORST])
+        said.append(f"by {about['of']}, {about['metric']} where it got worst (samples): {worst}; of {len(rows)}")
     check = content["verification"]
     if check:
         said.append(
@@ -108,6 +113,15 @@ def lines(content: Mapping[str, Any]) -> list[str]:
         said.append("seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in times.items()))
     where = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return [*said, f"on {hardware_words(content)}; seed {content['seed']}; {where}"]
+
+
+def part_rows(content: Mapping[str, Any]) -> list[tuple[str, int, float, float]]:
+    """Class or domain, samples, dense and pruned value; first what lost most: points of accuracy, or times the perplexity."""
+    about = (content.get("measured") or {}).get("by_part") or {}
+    dense, pruned = about.get("dense") or {}, about.get("pruned") or {}
+    rows = [(name, about["n_samples"][name], dense[name], new) for name, new in pruned.items() if name in dense]
+    is_accuracy = about.get("metric") == "accuracy"
+    return sorted(rows, key=lambda row: row[3] - row[2] if is_accuracy else -row[3] / row[2])
 
 
 def dense_words(content: Mapping[str, Any]) -> str:

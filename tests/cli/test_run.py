@@ -64,7 +64,7 @@ def test_what_training_measured_is_in_the_report(cli, folder):
     assert done.code == 0, done.err
     measured = report_in(folder / "out")["measured"]
     assert measured["step_seconds"]["n_shrunk"] == 5  # of ten steps, five of the schedule
-    assert measured.keys() == {"step_seconds", "metrics", "latency_ms", "bytes_on_disk"}
+    assert measured.keys() == {"step_seconds", "metrics", "by_part", "latency_ms", "bytes_on_disk"}
 
 
 @pytest.mark.parametrize("training", [inputs.TRAINING, None], ids=["training", "one shot"])
@@ -113,8 +113,15 @@ def test_evaluation_is_that_of_the_saved_model(cli, folder):
     batch = tokenizer([row["text"] for row in rows], truncation=True, max_length=8, padding=True, return_tensors="pt")
     with torch.no_grad():
         said = model(**batch).logits.argmax(-1).tolist()
-    right = sum(model.config.id2label[number] == row["label"] for number, row in zip(said, rows, strict=True))
-    assert report_in(folder / "out")["measured"]["metrics"]["pruned"]["accuracy"] == pytest.approx(right / len(rows))
+    right = [model.config.id2label[number] == row["label"] for number, row in zip(said, rows, strict=True)]
+    measured = report_in(folder / "out")["measured"]
+    assert measured["metrics"]["pruned"]["accuracy"] == pytest.approx(sum(right) / len(rows))
+    for name in ("sport", "tech"):
+        of_class = [is_right for is_right, row in zip(right, rows, strict=True) if row["label"] == name]
+        assert measured["by_part"]["n_samples"][name] == len(of_class) == 15
+        assert measured["by_part"]["pruned"][name] == pytest.approx(sum(of_class) / 15)
+    assert measured["by_part"]["dense"].keys() == {"sport", "tech"} and "by class, accuracy where" in done.out
+    assert "## Quality by class" in (folder / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_text_generation(cli, folder):
@@ -129,7 +136,17 @@ def test_text_generation(cli, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert model.config.intermediate_size == 24
     check_report(report_in(folder / "out"), model, folder / "out")
-    assert report_in(folder / "out")["measured"]["metrics"]["pruned"].keys() == {"perplexity", "loss"}
+    measured = report_in(folder / "out")["measured"]
+    assert measured["metrics"]["pruned"].keys() == {"perplexity", "loss"}
+    # the column that a classifier would learn from says the domain
+    parts = measured["by_part"]
+    assert (parts["of"], parts["metric"]) == ("domain", "perplexity") and parts["n_samples"].keys() == {
+        "sport",
+        "tech",
+    }
+    for side in ("dense", "pruned"):
+        between = sorted(parts[side].values())
+        assert between[0] <= measured["metrics"][side]["perplexity"] * 1.01 <= between[1] * 1.02
     # a stock checkpoint: no manifest, no code
     assert not (folder / "out" / "modeling_hf_prune.py").exists()
     assert "import hf_prune" not in done.out

@@ -69,6 +69,38 @@ def test_metrics_of_the_pruned_model_alone_claim_no_comparison(report):
     assert "| accuracy | - | 0.7 |  |" in text and "Measured on the same data" not in text
 
 
+BY_PART = {
+    "of": "class",
+    "metric": "accuracy",
+    "n_samples": {"cats": 40, "a|b": 1, "new": 2},
+    "dense": {"cats": 0.75, "a|b": 1.0},
+    "pruned": {"cats": 0.25, "a|b": 1.0, "new": 0.5},
+}
+
+
+def test_quality_by_class_begins_with_what_lost_most(report):
+    text = card({**report, "measured": {**MEASURED, "by_part": BY_PART}})
+    table = text.split("## Quality by class")[1].split("<!--")[0]
+    assert "The accuracy of each, by class; first what lost most." in table
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "dense" not in line]
+    assert rows == ["| cats (40 samples) | 0.75 | 0.25 | -0.5 |", "| a\\|b (1 sample) | 1 | 1 | +0 |"]
+    assert "by class or domain was not measured" not in text
+    assert "by class or domain was not measured" in card({**report, "measured": MEASURED})
+    said = str(hf_prune.PruningReport({**report, "measured": {**MEASURED, "by_part": BY_PART}}))
+    assert "by class, accuracy where it got worst (samples): cats 0.75 → 0.25 (40); a|b 1 → 1 (1); of 2" in said
+
+
+def test_many_domains_are_cut_at_those_that_lost_most(report):
+    names = [f"d{number}" for number in range(30)]
+    values = {name: 10.0 + number for number, name in enumerate(names)}
+    parts = {"of": "domain", "metric": "perplexity", "n_samples": dict.fromkeys(names, 5)}
+    parts |= {"dense": dict.fromkeys(names, 10.0), "pruned": values}
+    text = card({**report, "measured": {"by_part": parts}})
+    table = text.split("## Quality by domain")[1].split("<!--")[0]
+    assert "The perplexity of each, by domain; first what lost most, 20 of 30." in table
+    assert "| d29 (5 samples) | 10 | 39 | +29 |" in table and "| d9 " not in table and table.count(" samples)") == 20
+
+
 def test_what_left_is_counted(report):
     text = card(report)
     assert "| layers | 1 | 3 | 2 | 33.3% |" in text
