@@ -71,7 +71,7 @@ def require_runtime(name: str) -> Runtime:
         PruneError: the format is unknown, or packages are missing; with the command that installs them.
     """
     if name not in RUNTIMES:
-        raise PruneError(f"--format {name}: expected one of {', '.join(RUNTIMES)}")
+        raise PruneError(f"--format {name}: expected one of {', '.join(RUNTIMES)}, gguf")
     runtime = RUNTIMES[name]
     missing = [package for package in runtime.packages if find_spec(package) is None]
     if find_spec("transformers.exporters") is None:
@@ -80,6 +80,18 @@ def require_runtime(name: str) -> Runtime:
         extra = "pip install executorch" if name == "executorch" else "pip install 'hf_prune[export]'"
         raise PruneError(f"--format {name} needs {', '.join(missing)}, which isn't installed: `{extra}`")
     return runtime
+
+
+def require_empty(directory: str | Path) -> Path:
+    """The absolute path of a directory that isn't there yet, or is empty.
+
+    Raises:
+        PruneError: it holds something.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PruneError(f"{directory} is there and isn't empty; give another directory with --output")
+    return directory
 
 
 def export(
@@ -106,9 +118,7 @@ def export(
         UnsupportedModelError: the exporter can't take the model.
         VerificationError: the file computes something else; nothing was written.
     """
-    runtime, directory = require_runtime(name), Path(directory).absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise PruneError(f"{directory} is there and isn't empty; give another directory with --output")
+    runtime, directory = require_runtime(name), require_empty(directory)
     models = {"pruned": model, **({"dense": dense} if dense is not None else {})}
     for label, each in models.items():
         wrong = {str(p.dtype) for p in each.parameters() if p.is_floating_point()} - {"torch.float32"}

@@ -12,11 +12,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Engine:
-    """A serving engine: whether it takes sizes that no stock config says, and why or why not."""
+    """A serving engine: whether it takes sizes that no stock config says, and why or why not; and the classes of which it
+    takes them all the same, with whole layers, and how."""
 
     name: str
     takes_manifest: bool
     why: str
+    classes: tuple[str, ...] = ()
+    how: str = ""
+
+    def says(self, content: Mapping[str, Any]) -> tuple[bool, str]:
+        """Whether it takes this result, and why."""
+        parts = any(site["target"].startswith("layers.") and site["removed"] for site in content.get("sites") or ())
+        if content["model"]["class"] in self.classes and not parts:
+            return True, self.how
+        return self.takes_manifest, self.why
 
 
 ENGINES = (
@@ -24,7 +34,13 @@ ENGINES = (
     Engine("OpenVINO", True, "an exported graph holds its own shapes"),
     Engine("vLLM", False, "it builds its models from the stock config, which doesn't say these sizes"),
     Engine("TGI", False, "it builds its models from the stock config, which doesn't say these sizes"),
-    Engine("llama.cpp", False, "sizes that differ by layer are in its format for few architectures, and no converter writes them"),
+    Engine(
+        "llama.cpp",
+        False,
+        "sizes that differ by layer are in its format for whole layers of the Llama layout only",
+        ("LlamaForCausalLM", "MistralForCausalLM"),
+        "`hf-prune export --format gguf` writes its sizes by layer, where no biases were added",
+    ),
 )  # fmt: skip
 # Matrix kernels work on tiles: widths that don't fill the last one gain less, or nothing (LLM-Pruner issue 33).
 TILE = 8
@@ -58,16 +74,17 @@ def _served_by(content: Mapping[str, Any]) -> str:
         rough = [width for width in _widths(content) if width % QUANTISED_BLOCK]
         note = f"; llama.cpp quantises widths that {QUANTISED_BLOCK} divides, and {rough[0]} is none" if rough else ""
         return f"served by: whatever serves the dense {name}, since it is a stock checkpoint{note}"
-    able = _by_reason(engine for engine in ENGINES if engine.takes_manifest)
-    unable = _by_reason(engine for engine in ENGINES if not engine.takes_manifest)
+    said = [(engine.name, *engine.says(content)) for engine in ENGINES]
+    able = _by_reason((name, why) for name, takes, why in said if takes)
+    unable = _by_reason((name, why) for name, takes, why in said if not takes)
     return f"served by: Transformers; {able}; not {unable}"
 
 
-def _by_reason(engines: Iterator[Engine]) -> str:
+def _by_reason(engines: Iterator[tuple[str, str]]) -> str:
     """Names that share a reason, then the reason."""
     named: dict[str, list[str]] = {}
-    for engine in engines:
-        named.setdefault(engine.why, []).append(engine.name)
+    for name, why in engines:
+        named.setdefault(why, []).append(name)
     return "; ".join(f"{' and '.join(names)} ({why})" for why, names in named.items())
 
 

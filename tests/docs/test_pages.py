@@ -10,6 +10,7 @@ from tests.docs.pages import PAGES, README, ROOT, anchors, blocks, links, prose
 
 NEVER_RUN = {"text", "json"}  # what is shown, not done
 CHECKED = {"python", "yaml", "bash"}
+WITH_A_HUB = ROOT / "docs" / "sharing.md"  # test_sharing_page.py runs it
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -30,7 +31,9 @@ def test_every_block_is_of_a_kind_that_is_checked_or_only_shown(page):
         assert block.language in NEVER_RUN | CHECKED, f"{block} is {block.info!r}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != README], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in (README, WITH_A_HUB)], ids=lambda page: page.name
+)
 def test_python(page, stage):
     names: dict = {}
     for block in (block for block in blocks(page) if block.language == "python"):

@@ -56,7 +56,7 @@ def test_a_missing_package_and_an_unknown_format_are_said_first(monkeypatch):
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(PruneError, match=r"needs onnxscript, which isn't installed.*hf_prune\[export\]"):
         require_runtime("onnx")
-    with pytest.raises(PruneError, match="--format coreml: expected one of onnx, openvino, executorch"):
+    with pytest.raises(PruneError, match="--format coreml: expected one of onnx, openvino, executorch, gguf"):
         require_runtime("coreml")
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 import hf_prune
 from hf_prune.report.card import for_repository, render_card
@@ -48,6 +49,11 @@ def test_everything_that_is_known_is_there_and_the_hub_accepts_it(report):
         repo_id="me/small",
     )
     assert check_card(text) == ([], [])
+    parsed = ModelCard(text).data  # huggingface_hub's own reading of it
+    assert [(each.metric_name, each.dataset_split) for each in parsed.eval_results] == [
+        ("accuracy", "test"),
+        ("accuracy of the dense model", "test"),
+    ]
     head = header(text)
     assert head["base_model"] == "owner/base" and head["base_model_relation"] == "finetune"
     assert head["license"] == "apache-2.0" and head["language"] == ["en", "de"] and head["datasets"] == ["owner/data"]

@@ -46,6 +46,15 @@ def test_unequal_sizes_need_hf_prune_and_say_which_engines_take_them(tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
 
 
+def test_llama_cpp_takes_sizes_by_layer_of_the_llama_layout_but_no_parts():
+    able = report_of("llama", NEURONS | {"scope": "global"})[1].to_dict()["verdict"]["served_by"]
+    assert "llama.cpp (`hf-prune export --format gguf`" in able.partition("; not ")[0]
+    part = {"target": "layers", "part": "attention", "remove": [1]}
+    assert (
+        "llama.cpp (sizes that" in report_of("llama", part)[1].to_dict()["verdict"]["served_by"].partition("; not ")[2]
+    )
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_zeros_are_no_gain(pattern):
     step = {"target": "weights", "criterion": "l1", "pattern": pattern}
