@@ -34,6 +34,9 @@ class Recipe(RecipeDocument):
     def load(cls, recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
         """A recipe as it is, from a mapping, from a path, or by the name of one that is shipped.
 
+        Args:
+            recipe: any of these.
+
         Raises:
             RecipeError: with all mistakes.
         """
@@ -47,14 +50,30 @@ class Recipe(RecipeDocument):
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """From a YAML file, with `key=value` overrides such as `prune.0.sparsity=0.3`."""
+        """From a YAML file.
+
+        Args:
+            path: of the file.
+            overrides: `key=value`, such as `prune.0.sparsity=0.3`.
+
+        Raises:
+            RecipeError: with all mistakes.
+        """
         document = read_yaml(path)
         override_(document, overrides)
         return cls._checked(document)
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-        """From a mapping as YAML would give it, with `key=value` overrides."""
+        """From a mapping as YAML would give it.
+
+        Args:
+            document: of the same shape as the YAML.
+            overrides: `key=value`, such as `prune.0.sparsity=0.3`.
+
+        Raises:
+            RecipeError: with all mistakes.
+        """
         checked = Document(deepcopy(document) if overrides else document)
         override_(checked, overrides)
         return cls._checked(checked)
@@ -64,6 +83,10 @@ class Recipe(RecipeDocument):
         """What `hf-prune run` takes: a file, a directory of a pruned model, a shipped name, `user/model[@revision]` of the Hub.
 
         A recipe of the Hub writes below the working directory only, and pushes only if the overrides say so.
+
+        Args:
+            where: any of these.
+            overrides: `key=value`, such as `prune.0.sparsity=0.3`.
 
         Raises:
             RecipeError: with all mistakes.
@@ -86,7 +109,16 @@ class Recipe(RecipeDocument):
 
     @classmethod
     def from_pretrained(cls, directory_or_repo: str | Path, overrides: Sequence[str] = (), **hub: Any) -> Recipe:
-        """The recipe saved beside a pruned model, in a directory or on the Hub (`revision=`, `token=`)."""
+        """The recipe saved beside a pruned model, in a directory or on the Hub.
+
+        Args:
+            directory_or_repo: a directory, or `owner/name`.
+            overrides: `key=value`, such as `prune.0.sparsity=0.3`.
+            **hub: `revision`, `token` and others of `hf_hub_download`.
+
+        Raises:
+            RecipeError: there is none, it can't be reached, or with all its mistakes.
+        """
         directory = Path(directory_or_repo)
         if directory.is_dir():
             return cls.from_yaml(directory / FILE_NAME, overrides)
@@ -107,7 +139,11 @@ class Recipe(RecipeDocument):
 
     @classmethod
     def from_sparseml(cls, path_or_text: str | Path, *, epochs: float | None = None) -> Recipe:
-        """From a recipe of SparseML or llm-compressor that only prunes; `epochs` of training, if it doesn't say.
+        """From a recipe of SparseML or llm-compressor that only prunes.
+
+        Args:
+            path_or_text: a file, or the recipe itself.
+            epochs: of training, if it doesn't say.
 
         Raises:
             RecipeError: with all that can't be carried over.
@@ -140,7 +176,14 @@ class Recipe(RecipeDocument):
         return plain
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """As YAML; written to `path` if given, beside it first and then renamed."""
+        """As YAML.
+
+        Args:
+            path: written to if given, beside it first and then renamed.
+
+        Raises:
+            OSError: it can't be written.
+        """
         text = write_yaml(self.to_dict())
         if path is not None:
             path = Path(path)

@@ -41,8 +41,10 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(whole)]  # NumP
 class Threshold(Section):
     """What scores below a value leaves."""
 
-    rule: Literal["absolute", "relative_to_max", "mean_minus_std"]
-    value: float
+    rule: Literal["absolute", "relative_to_max", "mean_minus_std"] = Field(
+        description="score < value; < value × the highest score; < mean − value × standard deviation"
+    )
+    value: float = Field(description="see `rule`")
 
 
 class Schedule(Section):
@@ -53,12 +55,20 @@ class Schedule(Section):
     returns to the values that it had at this fraction of training (Frankle et al. 2020, arXiv 1912.05671).
     """
 
-    name: Literal["one_shot", "linear", "cubic", "constant"] = "cubic"
-    begin: float = Field(0.1, ge=0, le=1)
-    end: float = Field(0.6, ge=0, le=1)
-    updates: Count = 20
-    shrink: Literal["at_end", "when_final", "never"] = "at_end"
-    rewind: float | None = Field(None, ge=0, le=1)
+    name: Literal["one_shot", "linear", "cubic", "constant"] = Field("cubic", description="how sparsity grows")
+    begin: float = Field(0.1, ge=0, le=1, description="when pruning begins")
+    end: float = Field(0.6, ge=0, le=1, description="when the final sparsity is reached; what follows is recovery")
+    updates: Count = Field(20, description="how often, from begin to end")
+    shrink: Literal["at_end", "when_final", "never"] = Field(
+        "at_end",
+        description="remove masked units physically when training ends, as soon as the schedule does (the rest of the run is faster: docs/training.md), or leave them masked",
+    )
+    rewind: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="not after `begin`: once the last update is made, what is kept returns to its values at this point of training",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Schedule:
@@ -85,9 +95,9 @@ class Distillation(Section):
         }
     )
 
-    temperature: float = Field(2.0, gt=0)
-    weight: float = Field(0.5, ge=0, le=1)
-    hidden_states: float = Field(0.0, ge=0)
+    temperature: float = Field(2.0, gt=0, description="T: how soft both distributions are")
+    weight: float = Field(0.5, ge=0, le=1, description="of the logits' term; what is left of 1 is the task's")
+    hidden_states: float = Field(0.0, ge=0, description="weight of the layers' term")
 
     @model_validator(mode="after")
     def _of_something(self) -> Distillation:
@@ -100,10 +110,17 @@ class Calibration(Section):
     """The data that criteria look at: how many samples, their length in tokens, how many at a time, where what passes
     between blocks is kept."""
 
-    samples: Count = 128
-    length: Count = 512
-    batch_size: Count = 8
-    offload: Literal["none", "disk"] = "none"
+    samples: Count = Field(
+        128, description="how many; in the trainer the first of `calibration_dataset`, else of the training set"
+    )
+    length: Count = Field(
+        512, description="tokens at which `{macs: …}` is counted; it cuts no sample (`data.max_length` does)"
+    )
+    batch_size: Count = Field(8, description="how many at a time; results don't depend on it, memory does")
+    offload: Literal["none", "disk"] = Field(
+        "none",
+        description="where repair and sparsegpt keep what passes between blocks: in memory, or in a temporary folder",
+    )
 
 
 class Step(Section):
@@ -111,25 +128,34 @@ class Step(Section):
 
     model_config = ConfigDict(json_schema_extra=step_schema())
 
-    target: Target
-    part: Literal["block", "attention", "feed_forward"] = "block"
-    sparsity: SparsityField = None
-    threshold: Threshold | None = None
-    remove: UnitsField = None
-    criterion: CriterionField = None
-    scope: Literal["output", "layer", "global"] = "layer"
-    allocation: AllocationField = None
-    normalize: Literal["auto", "none", "mean", "max"] = "auto"
-    uniform: bool = False
-    round_to: Count = 1
-    min_keep: Count = 1
-    min_sparsity: FloorField = 0.0
-    max_sparsity: CeilingField = 1.0
-    include: tuple[str, ...] = Field((), strict=False)
-    exclude: tuple[str, ...] = Field((), strict=False)
-    pattern: PatternField = None
-    compensation: CompensationField = Compensation()
-    schedule: Schedule | None = None
+    target: Target = Field(description="what leaves")
+    part: Literal["block", "attention", "feed_forward"] = Field(
+        "block", description="for layers: the whole block, or what its attention or its feed-forward adds"
+    )
+    sparsity: SparsityField = Field(
+        None,
+        description="the share that leaves: of the units, or as much as saves this share of the model's parameters or MACs",
+    )
+    threshold: Threshold | None = Field(None, description="what scores below a value leaves")
+    remove: UnitsField = Field(None, description="these leave, whatever their score")
+    criterion: CriterionField = Field(None, description="what scores: docs/criteria.md")
+    scope: Literal["output", "layer", "global"] = Field("layer", description="who competes with whom")
+    allocation: AllocationField = Field(
+        None, description="how the sparsity is shared out between sites: docs/allocation.md"
+    )
+    normalize: Literal["auto", "none", "mean", "max"] = Field(
+        "auto", description="how scores of different sites compare under `scope: global`"
+    )
+    uniform: bool = Field(False, description="equal sizes that the stock config can say")
+    round_to: Count = Field(1, description="kept sizes are multiples of it")
+    min_keep: Count = Field(1, description="units that stay in each site")
+    min_sparsity: FloorField = Field(0.0, description="the smallest share that leaves a single site")
+    max_sparsity: CeilingField = Field(1.0, description="the largest share that leaves a single site")
+    include: tuple[str, ...] = Field((), strict=False, description="only sites whose module is named so")
+    exclude: tuple[str, ...] = Field((), strict=False, description="no sites whose module is named so")
+    pattern: PatternField = Field(None, description="for weights: which entries leave together")
+    compensation: CompensationField = Field(Compensation(), description="repair of what is left, without training")
+    schedule: Schedule | None = Field(None, description="the step's own")
 
     @model_validator(mode="after")
     def _with_defaults(self) -> Step:
@@ -164,49 +190,65 @@ class Step(Section):
 class ModelSection(Section):
     """What `hf-prune run` loads: a Hub id, a directory, or `package:NAME/PATH` inside an installed package."""
 
-    name_or_path: str
-    task: Literal["text-classification", "text-generation", "image-classification"]
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    name_or_path: str = Field(
+        description="a Hub id, a directory, or `package:NAME/PATH` inside an installed Python package"
+    )
+    task: Literal["text-classification", "text-generation", "image-classification"] = Field(
+        description="the Auto class, how samples are prepared, the metric"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="in which the model is loaded")
 
 
 class DataSection(Section):
     """What `hf-prune run` trains and evaluates on: a Hub id, a file, a folder of class folders, or a package's."""
 
-    name_or_path: str
-    config_name: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    image_column: str = "image"
-    max_length: Count = 128
-    max_train_samples: Count | None = None
-    max_eval_samples: Count | None = None
-    test_size: float = Field(0.2, gt=0, lt=1)
+    name_or_path: str = Field(
+        description="a Hub id, a file (csv, json, jsonl, parquet, txt), a folder saved by `datasets`, a folder with one folder a class (of .txt files or images), a folder of data files, or `package:NAME/PATH`"
+    )
+    config_name: str | None = Field(None, description="the data set's configuration on the Hub")
+    train_split: str = Field("train", description="what is trained on, and calibrated on")
+    eval_split: str | None = Field(
+        None, description="if not given: validation, test or dev, whichever is there, else cut from the training split"
+    )
+    text_column: str = Field("text", description="where the texts are")
+    label_column: str = Field(
+        "label",
+        description="the class; for text-generation the domain of a text, if the data have such a column. The report says quality by it",
+    )
+    image_column: str = Field("image", description="where the images are")
+    max_length: Count = Field(
+        128, description="tokens at which texts are cut; for text-generation the length of blocks"
+    )
+    max_train_samples: Count | None = Field(None, description="the first after shuffling")
+    max_eval_samples: Count | None = Field(None, description="likewise")
+    test_size: float = Field(0.2, gt=0, lt=1, description="what is cut for evaluation if there is no such split")
 
 
 class OutputSection(Section):
     """Where `hf-prune run` writes, and whether it pushes."""
 
-    dir: str = "outputs/pruned"
-    push_to_hub: bool = False
-    repo_id: str | None = None
-    private: bool = True
+    dir: str = Field("outputs/pruned", description="a new or empty directory, or that of an earlier run")
+    push_to_hub: bool = Field(False, description="push when all is saved")
+    repo_id: str | None = Field(None, description="owner/name; if not given the name of `dir`, under your account")
+    private: bool = Field(True, description="of a repository that pushing creates")
 
 
 class RecipeDocument(Section):
     """A whole recipe."""
 
-    version: VersionField
-    name: str | None = None
-    description: str | None = None
-    seed: Seed = 0
-    model: ModelSection | None = None
-    data: DataSection | None = None
-    output: OutputSection | None = None
-    training: TrainingField = None
-    prune: tuple[Step, ...] = Field(min_length=1, strict=False)
-    schedule: Schedule = Field(default_factory=Schedule)
-    calibration: Calibration = Field(default_factory=Calibration)
-    distillation: Distillation | None = None
+    version: VersionField = Field(description="of the language")
+    name: str | None = Field(None, description="for people")
+    description: str | None = Field(None, description="for people; it goes on the model card")
+    seed: Seed = Field(
+        0,
+        description="of criterion `random`, of collation and shuffling, and of training unless `training.seed` says otherwise",
+    )
+    model: ModelSection | None = Field(None, description="what `hf-prune run` loads")
+    data: DataSection | None = Field(None, description="what `hf-prune run` trains and evaluates on")
+    output: OutputSection | None = Field(None, description="where `hf-prune run` writes")
+    training: TrainingField = Field(None, description="fields of `transformers.TrainingArguments`, for `hf-prune run`")
+    prune: tuple[Step, ...] = Field(min_length=1, strict=False, description="what leaves, in order")
+    schedule: Schedule = Field(default_factory=Schedule, description="when, for all steps that have none of their own")
+    calibration: Calibration = Field(default_factory=Calibration, description="the data that criteria look at")
+    distillation: Distillation | None = Field(None, description="what a teacher adds to the loss of training")
