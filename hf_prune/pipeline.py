@@ -31,6 +31,10 @@ from hf_prune.structure.inputs import example_inputs
 def apply_(model: nn.Module, plan: PruningPlan) -> None:
     """Mask what `plan` removes and put its replacement tensors in place, new biases too. Masks only ever grow.
 
+    Args:
+        model: what the plan was made for, not yet shrunk; changed in place.
+        plan: from `make_plan`, or loaded.
+
     Raises:
         PruneError: the plan was made for another model.
     """
@@ -52,8 +56,14 @@ def shrink_(model: nn.Module) -> ShrinkRecord:
     Neurons, heads and layers leave; masked single weights stay, as zeros. Optimizers made before hold the old
     parameters. Nothing is verified here: `prune_` does that.
 
+    Args:
+        model: with masks on, by `apply_`.
+
     Returns:
         What was removed.
+
+    Raises:
+        PruneError: something that is masked can't be removed from this model; `prune_` would have left it as it was.
     """
     return _shrink(model)[0]
 

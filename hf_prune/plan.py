@@ -68,10 +68,16 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 class PruningPlan:
     """What leaves, by step of the recipe, and the tensors that replace others; deciding is over.
 
-    `base` holds the masks that were on the model before the recipe's first plan, `steps` one keep-mask set for
-    each step, `replacements` new tensors by parameter name (empty unless a method updates weights), `added` those of them
-    that the model has not yet: biases of linear layers. `notes` is what the user should hear (rounding that could not be
-    met, rules that removed nothing), `model` what it was made for.
+    Args:
+        steps: one set of keep-masks for each step.
+        base: the masks that were on the model before the recipe's first plan.
+        replacements: new tensors by parameter name; empty unless a method updates weights.
+        added: those of them that the model has not yet: biases of linear layers.
+        recipe: what it was made by.
+        progress: how much of the final sparsity it reaches, in [0, 1].
+        notes: what the user should hear: rounding that could not be met, rules that removed nothing.
+        n_near_ties: units within float32 rounding of the cut, reported because another machine may choose differently.
+        model: what it was made for.
     """
 
     steps: list[KeepMasks]
@@ -81,7 +87,6 @@ class PruningPlan:
     recipe: dict[str, Any] | None = None
     progress: float = 1.0
     notes: list[str] = field(default_factory=list)
-    # near-ties: units within float32 rounding of the cut, reported because another machine may choose differently
     n_near_ties: int = 0
     model: dict[str, Any] | None = None
 
@@ -92,6 +97,9 @@ class PruningPlan:
 
     def require_model(self, model: nn.Module) -> None:
         """Check that the plan was made for a model of these shapes. A plan that doesn't say fits any.
+
+        Args:
+            model: that it is to be applied to.
 
         Raises:
             PruneError: naming the first weight that differs.
@@ -145,8 +153,13 @@ class PruningPlan:
     ) -> PruningPlan:
         """From `to_dict()`, `mask_tensors()` and the replacements.
 
+        Args:
+            plain: from `to_dict`.
+            masks: from `mask_tensors`.
+            replacements: the plan's `replacements`.
+
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: they don't fit together.
+            ValueError: they don't fit together; also KeyError, TypeError, AttributeError.
         """
         parts = {part: KeepMasks() for part in ("base", *map(str, range(len(plain["steps"]))))}
         for name, keep in masks.items():
@@ -162,6 +175,9 @@ class PruningPlan:
     def save(self, directory: str | Path) -> None:
         """Write the plan into `directory`: masks and replacements as safetensors, the rest as JSON, whole or not at all.
 
+        Args:
+            directory: made if it isn't there.
+
         Raises:
             CheckpointError: writing failed (a full disk); a plan that was there may need saving again.
         """
@@ -173,6 +189,9 @@ class PruningPlan:
     @classmethod
     def load(cls, directory: str | Path) -> PruningPlan:
         """Read what `save` wrote.
+
+        Args:
+            directory: that it was saved to.
 
         Raises:
             CheckpointError: it isn't there, is damaged, or newer than this package reads.
@@ -212,7 +231,10 @@ class PruningPlan:
             base_model: the Hub id of those weights, by default where `model` was loaded from.
             base_revision: the branch, tag or commit there, `main` by default; the plan names the commit.
             private: whether a new repository is private.
-            token, revision, create_pr, commit_message: as `hf_prune.hub.push_folder` takes them.
+            token: of the Hub; by default the one that you are logged in with.
+            revision: the branch to push to.
+            create_pr: open a pull request.
+            commit_message: of the commit.
 
         Returns:
             The address of the repository, or of the pull request.
@@ -244,7 +266,11 @@ class PruningPlan:
 
     @classmethod
     def from_pretrained(cls, directory_or_repo: str | Path, **hub: Any) -> PruningPlan:
-        """Read what `push_to_hub` or `save` wrote, from the Hub (`revision=`, `token=`) or a directory.
+        """Read what `push_to_hub` or `save` wrote, from the Hub or a directory.
+
+        Args:
+            directory_or_repo: a directory, or `owner/name`.
+            **hub: `revision`, `token` and others of `hf_hub_download`.
 
         Raises:
             CheckpointError: there is none, it is damaged, or newer than this package reads.
@@ -257,7 +283,7 @@ class PruningPlan:
         """The model that a plan of the Hub was made for, at that commit, for `apply_`.
 
         Args:
-            options: of `from_pretrained`, such as `token` or `device_map`.
+            **options: of `from_pretrained`, such as `token` or `device_map`.
 
         Raises:
             PruneError: the plan doesn't say, or names a class that isn't Transformers'.

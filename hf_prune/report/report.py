@@ -33,12 +33,21 @@ PLAIN_WIDTH = 400  # columns where there is no terminal: more than tables need, 
 
 @dataclass
 class PruningReport:
-    """Plain data under `content`, as `pruning_report.json` holds it; `str()` is a table."""
+    """What a pruning did; `str()` is a table.
+
+    Args:
+        content: plain data, as `pruning_report.json` holds it.
+    """
 
     content: dict[str, Any]
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PruningReport:
+        """A report with a copy of `content`.
+
+        Args:
+            content: from `to_dict`.
+        """
         return cls(dict(content))
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,7 +55,14 @@ class PruningReport:
         return {**self.content, "verdict": verdict(self.content)}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """As JSON; written to `path` if given, beside it first and then renamed."""
+        """As JSON.
+
+        Args:
+            path: written to if given, beside it first and then renamed.
+
+        Raises:
+            OSError: it can't be written.
+        """
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if path is not None:
             replace_file(Path(path), text)
@@ -73,6 +89,9 @@ class PruningReport:
     @classmethod
     def from_json(cls, path: str | Path) -> PruningReport:
         """Read what `to_json` wrote.
+
+        Args:
+            path: of the file.
 
         Raises:
             CheckpointError: there is no such file, or it holds something else or something newer.
@@ -101,7 +120,11 @@ class PruningReport:
         return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
 
     def print_to(self, console: Console) -> None:
-        """Site by site, then dense beside pruned, then what tables don't say."""
+        """Site by site, then dense beside pruned, then what tables don't say.
+
+        Args:
+            console: of Rich, which knows how wide it is.
+        """
 
         def say(line: str) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)

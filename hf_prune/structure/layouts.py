@@ -26,11 +26,21 @@ FusedOrder = Literal["stacked", "interleaved", "grouped", "multi_query"]
 class AttentionLayout:
     """Names of an attention's projections: `query`, `key`, `value`, or `query`, `key_value`, or one `fused`; then `output`.
 
-    `orders` of what is fused are tried in turn: (flag of the attention module that must be true, or "", order).
-    `latent` names what makes the low-rank states that all heads read and that stays; the projections then differ in
-    entries a head, and each is laid out head by head. `extra` are further per-head projections that may be there.
-    `bias_table` is a per-head embedding that block 0 owns and hands to the whole stack, so that its heads leave every
-    block of the stack together.
+    Names are paths from the module that holds the projections; `../` climbs one level.
+
+    Args:
+        output: the projection that reads what the heads give.
+        query: the projection of queries.
+        key: the projection of keys.
+        value: the projection of values.
+        key_value: one projection of keys and values, beside `query`.
+        fused: one projection of all three, in place of them.
+        orders: of what is fused, tried in turn: (flag of the attention module that must be true, or "", order).
+        latent: what makes the low-rank states that all heads read and that stays; the projections then differ in entries a
+            head, and each is laid out head by head.
+        extra: further per-head projections that may be there.
+        bias_table: a per-head embedding that block 0 owns and hands to the whole stack, so that its heads leave every block of
+            the stack together.
     """
 
     output: str
@@ -55,7 +65,10 @@ class AttentionLayout:
 class FeedForwardLayout:
     """Names of a feed-forward's projections. An input twice as wide as the output reads holds gate and up, one after the other.
 
-    `alone` is for names that other modules have too (state space mixers): nothing else with a weight may be beside them.
+    Args:
+        inputs: the projection that widens, or gate and up.
+        output: the projection back.
+        alone: for names that other modules have too (state space mixers): nothing else with a weight may be beside them.
     """
 
     inputs: tuple[str, ...]
@@ -324,6 +337,9 @@ def register_layout(layout: AttentionLayout | FeedForwardLayout) -> None:
 
     Args:
         layout: the names of an attention's or a feed-forward's projections.
+
+    Raises:
+        PruneError: it is no layout.
     """
     if not isinstance(layout, (AttentionLayout, FeedForwardLayout)):
         raise PruneError(

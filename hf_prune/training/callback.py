@@ -22,6 +22,9 @@ class PruningCallback(TrainerCallback):
     Args:
         recipe: a `Recipe`, a mapping, or a path to YAML.
         calibration: keyword inputs of the model, for criteria that look at data.
+
+    Raises:
+        RecipeError: the recipe can't be accepted.
     """
 
     def __init__(self, recipe: RecipeLike, calibration: Batches | None = None):

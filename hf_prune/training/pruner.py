@@ -138,7 +138,17 @@ class Pruner:
         return self.is_shrunk or self.n_done >= self.last_update
 
     def step(self) -> bool:
-        """Call after each `optimizer.step()`. Returns whether masks changed."""
+        """Call after each `optimizer.step()`.
+
+        Returns:
+            Whether masks changed.
+
+        Raises:
+            RecipeError: the recipe can't be met on this model.
+            CalibrationError: a criterion lacks the data or labels that it needs.
+            UnsupportedModelError: the model has no unit of a target, with the reason.
+            VerificationError: under `shrink: when_final` the smaller model differs from the masked one.
+        """
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             return False
         self.n_done += 1
@@ -289,6 +299,9 @@ class Pruner:
 
         Where `state` is of a model that had been shrunk, this model is shrunk, and weights and the optimizer's state are loaded
         after.
+
+        Args:
+            state: from `state_dict`.
 
         Raises:
             CheckpointError: it is of another recipe; the message shows what differs.

@@ -55,6 +55,9 @@ class PruningMixin(_Base):
         calibration_dataset: for criteria that look at data; else the first `calibration.samples` of the training set.
         teacher_model: for the recipe's `distillation`; it is frozen. Without one it is a copy of the model as it is when the
             schedule begins.
+
+    Raises:
+        RecipeError: the recipe can't be accepted, or has no use for what was passed.
     """
 
     optimizer: Any  # Trainer's, and none once the shapes have changed
@@ -396,11 +399,29 @@ def _drawing_from(seed: int) -> Iterator[None]:
 
 
 class PruningTrainer(PruningMixin, Trainer):
-    """`Trainer` with `recipe`, `calibration_dataset` and `teacher_model`; see `PruningMixin`."""
+    """`Trainer`, and all that it takes, with pruning; `PruningMixin` says how it goes.
+
+    Args:
+        recipe: a `Recipe`, a mapping, or a path to YAML; None changes nothing at all.
+        calibration_dataset: for criteria that look at data; else the first `calibration.samples` of the training set.
+        teacher_model: for the recipe's `distillation`; without one it is a copy of the model.
+
+    Raises:
+        RecipeError: the recipe can't be accepted, or has no use for what was passed.
+    """
 
 
 class PruningSeq2SeqTrainer(PruningMixin, Seq2SeqTrainer):
-    """`Seq2SeqTrainer` with `recipe`, `calibration_dataset` and `teacher_model`; see `PruningMixin`."""
+    """`Seq2SeqTrainer`, and all that it takes, with pruning; `PruningMixin` says how it goes.
+
+    Args:
+        recipe: a `Recipe`, a mapping, or a path to YAML; None changes nothing at all.
+        calibration_dataset: for criteria that look at data; else the first `calibration.samples` of the training set.
+        teacher_model: for the recipe's `distillation`; without one it is a copy of the model.
+
+    Raises:
+        RecipeError: the recipe can't be accepted, or has no use for what was passed.
+    """
 
 
 class _PruneAtSteps(TrainerCallback):
