@@ -235,7 +235,8 @@ class PruningMixin(_Base):
         if begun is not None:
             begun.detach()
         if self._begun_on is not unwrap(self.model):
-            begun, self._begun_on = None, unwrap(self.model)  # another model: the next trial of a search
+            # another model: the next trial of a search, which has let go of the last one's
+            begun, self._begun_on, self._finished = None, unwrap(self.model), None
         self.pruner = Pruner(
             self.model_wrapped,
             self.optimizer,
