@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 import torch
 from transformers import (
@@ -93,6 +96,19 @@ def test_its_head_is_a_command_that_runs_it_and_says_for_whom_and_what_it_costs(
     command, said = recipe_head(shipped_recipes()[name])
     assert command.startswith(("python ", "hf-prune run ")) and name in command
     assert said
+
+
+ONE_LINERS = [name for name in COLLECTION if recipe_head(shipped_recipes()[name])[0].startswith("python -c ")]
+
+
+@pytest.mark.parametrize("name", ONE_LINERS)
+def test_the_program_in_its_head_runs(name, tmp_path, monkeypatch):
+    program = shlex.split(recipe_head(shipped_recipes()[name])[0])[2]
+    (hub_id,) = re.findall(r"from_pretrained\('([^']+)'\)", program)
+    small(name).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace(hub_id, str(tmp_path / "model")), {})
+    assert (tmp_path / "outputs" / name / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", [name for name in COLLECTION if not name.startswith("llm-")])
