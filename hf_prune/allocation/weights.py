@@ -1,7 +1,8 @@
 """Which single weights leave: unstructured, N:M groups, blocks.
 
-Axes: a weight seen as (rows, columns) = (d_out, d_in), a product sums over the columns; Conv1D is transposed for it. Rows
-and columns of removed units are left out first: groups and blocks are those of the matrix that stays.
+Axes: a weight seen as (rows, columns) = (d_out, d_in), a product sums over the columns; Conv1D is transposed for it, and a
+convolution's columns are its inputs, each with its kernel's entries one after the other. Rows and columns of removed units
+are left out first: groups and blocks are those of the matrix that stays.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class _Seen:
         notes.append(f"{what}; the rest stays whole. Give the steps before round_to: {width}")
 
     def _turned(self, tensor: Tensor) -> Tensor:
-        return tensor.t() if self.transposed else tensor
+        return tensor.t() if self.transposed else tensor.flatten(1)
 
     def _compact(self, tensor: Tensor) -> Tensor:
         """(d_out, d_in) or (d_in, d_out) -> (rows, columns) that are there."""

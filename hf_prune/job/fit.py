@@ -46,7 +46,7 @@ def check_fit(recipe: Recipe, model: nn.Module, dense: Totals) -> PruningPlan | 
             select_sites(step, structure.of(step.target))
             continue
         for site in select_sites(step, structure.weights):
-            d_in, m = site.shape[site.reduction_dim], step.pattern.m
+            d_in, m = site.d_in, step.pattern.m
             if m is not None and d_in % m:
                 raise RecipeError(
                     f"prune.{number}.pattern: {m} of {step.pattern.n}:{m} does not divide the {d_in} inputs of "

@@ -17,7 +17,7 @@ from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.present import dropped_modules, is_inside, present_entries, units_there
 from hf_prune.calibration import collect
 from hf_prune.calibration.batches import first_sample, to_device
-from hf_prune.calibration.statistics import NEEDS_OF_TRAINING, Statistics
+from hf_prune.calibration.statistics import NEEDS_OF_READS, NEEDS_OF_TRAINING, Statistics
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.criteria import get as get_criterion
 from hf_prune.criteria.base import Criterion, PrunesMatrices, RanksUnits, RemovesUnits
@@ -110,6 +110,7 @@ class StepPlanner:
 
     def _choose_weights(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         weights = select_sites(self.step, self.structure.weights)
+        self._refuse_convolutions(weights)
         present = {site.name: present_entries(self.structure, self.kept, site) for site in weights}
         earlier = self.kept.weights
         eligible = {name: there & earlier[name] if name in earlier else there for name, there in present.items()}
@@ -137,6 +138,17 @@ class StepPlanner:
             )
         _tell(plan, chosen)
         return KeepMasks(weights=chosen.keep)
+
+    def _refuse_convolutions(self, sites: Sequence[WeightSite]) -> None:
+        """What looks at the inputs of a matrix can't at those of a convolution."""
+        looks = isinstance(self.criterion, PrunesMatrices) or any(
+            each.needs("weights") & NEEDS_OF_READS for each in (self.criterion, self.allocation) if each
+        )
+        if looks and (odd := next((site.name for site in sites if not site.is_matrix), None)):
+            raise RecipeError(
+                f"criterion {self.step.criterion.name} looks at the inputs of a matrix, and {odd} is a convolution's: exclude "
+                "it, or take one that looks at weights or gradients, such as l1"
+            )
 
     def _choose_units(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         require_sites(self.structure, self.step.target, self.step.part)

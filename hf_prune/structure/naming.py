@@ -97,6 +97,14 @@ def read_list(config: Any, name: str) -> list[Any] | None:
     return list(value) if isinstance(value, (list, tuple)) and value else None
 
 
+def attribute_at(module: nn.Module, path: str) -> Any:
+    """An attribute of an attribute, and so on; None where there is none."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """Its `weight`, which `nn.Module` can't promise to be a tensor."""
     weight = module.weight

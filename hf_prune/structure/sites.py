@@ -9,6 +9,7 @@ other and the tensors that shrink with them. Names are qualified module names in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,12 +170,25 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class WeightSite:
-    """A matrix whose single entries may be zeroed. `reduction_dim` is the axis that a product sums over."""
+    """A matrix whose single entries may be zeroed. `reduction_dim` is the axis that a product sums over.
+
+    Of a convolution, (d_out, d_in, …), that is `d_in` and all after it.
+    """
 
     name: str
     module: str
     shape: tuple[int, ...]
     reduction_dim: int
+
+    @property
+    def d_in(self) -> int:
+        """How many products each output sums."""
+        return math.prod(self.shape) // self.shape[1 - self.reduction_dim]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its inputs can be looked at as rows of `d_in` entries."""
+        return len(self.shape) == 2
 
     @property
     def key(self) -> str:

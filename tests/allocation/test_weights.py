@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 
 import hf_prune
 from hf_prune.allocation import choose_weights
@@ -265,3 +266,31 @@ def test_weights_of_dropped_layers_are_left_alone():
     plan = hf_prune.make_plan(model, {"version": 1, "prune": steps})
     for name, keep in plan.masks.weights.items():
         assert keep.all() == ("layers.1." in name), name
+
+
+def test_a_convolution_is_seen_as_outputs_by_the_entries_of_its_kernel():
+    site = WeightSite("conv.weight", "conv", (2, 2, 1, 2), 1)
+    scores = torch.tensor([[[[4.0, 1.0]], [[3.0, 2.0]]], [[[5.0, 8.0]], [[6.0, 7.0]]]])
+    there = {site.name: torch.ones(site.shape, dtype=torch.bool)}
+    choice = choose_weights(step(sparsity=0.5, scope="output"), [site], {site.name: scores}, there, {}, progress=1.0)
+    assert site.d_in == 4
+    expected = torch.tensor([[[[True, False]], [[True, False]]], [[[False, True]], [[False, True]]]])
+    assert torch.equal(choice.keep[site.name], expected)
+
+
+def test_a_criterion_that_looks_at_inputs_refuses_a_convolution():
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    model = transformers.ResNetModel(config)
+    calibration = [{"pixel_values": torch.ones(2, 3, 32, 32)}]
+    with pytest.raises(
+        hf_prune.RecipeError, match=r"criterion wanda looks at the inputs of a matrix, and .*convolution"
+    ):
+        hf_prune.make_plan(
+            model,
+            {"version": 1, "prune": [{"target": "weights", "sparsity": 0.5, "criterion": "wanda"}]},
+            calibration=calibration,
+        )
+    report = hf_prune.prune_(
+        model, {"version": 1, "prune": [{"target": "weights", "sparsity": 0.5}]}, calibration=calibration
+    )
+    assert report.to_dict()["sparsity"]["weights"] == pytest.approx(0.5, abs=1e-3)
