@@ -202,7 +202,8 @@ def _bypass(model: nn.Module, site: Site, keep: Tensor) -> None:
     for block, skipped in positions.items():
         if any(skipped):
             bypass = _Bypass(skipped)
-            model.get_submodule(block).register_forward_hook(bypass, with_kwargs=True)
+            # first, so that hooks that note hidden states (Transformers' own) see what the next block gets
+            model.get_submodule(block).register_forward_hook(bypass, with_kwargs=True, prepend=True)
             if site.is_shared:
                 caller = model.get_submodule(site.name.rpartition(".")[0])
                 caller.register_forward_pre_hook(_Restart(bypass))
@@ -220,7 +221,8 @@ class _Bypass:
         self.n_calls += 1
         if not self.skipped[call]:
             return output
-        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+        tensors = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.is_floating_point())
+        hidden = kwargs["hidden_states"] if not args and "hidden_states" in kwargs else next(tensors)
         if isinstance(output, Tensor):
             return _Skip.apply(hidden, output)
         return type(output)((_Skip.apply(hidden, output[0]), *output[1:]))

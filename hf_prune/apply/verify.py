@@ -76,6 +76,11 @@ def verify(
         n_batches += 1
     if not n_batches:
         raise CalibrationError("verification got no batch; pass calibration data with at least one")
+    if watcher.is_blind:
+        raise VerificationError(
+            "none of what left shows in what the model does with the inputs at hand, so that nothing is verified; pass "
+            "calibration data that reaches it, or exclude it"
+        )
     site, difference = max(watcher.differences.items(), key=lambda item: _sortable(item[1]), default=("", 0.0))
     if not difference <= SITE_TOLERANCE:
         raise VerificationError(
@@ -97,7 +102,7 @@ def _running(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NameError) as error:
         raise VerificationError(
             f"{name} doesn't run without its masked units ({type(error).__name__}: {error}). The model is as it "
             "was; exclude this site, choose sizes with `round_to`, or report its layout."
@@ -115,7 +120,9 @@ class _SiteWatcher:
 
     def __init__(self, masked: nn.Module, smaller: nn.Module, structure: ModelStructure, record: ShrinkRecord):
         self.differences: dict[str, float] = {}
+        self._has_seen = False
         self._pairs: list[tuple[str, nn.Module, nn.Module]] = []
+        self._readers: list[nn.Module] = []
         self._hooks: list[Any] = []
         for key in record.kept_units:
             site = structure[key]
@@ -127,9 +134,23 @@ class _SiteWatcher:
             for container in containers:
                 renamed = _after_removal(container, record.kept_layers)
                 if renamed is not None:
+                    self._readers += [masked.get_submodule(read.module) for read in site.reads] or [
+                        masked.get_submodule(container)
+                    ]
                     self._pairs.append((container, masked.get_submodule(container), smaller.get_submodule(renamed)))
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether sites were narrowed, and nothing but zeros came to what reads the units that are left."""
+        return bool(self._pairs) and not self._has_seen
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        self._has_seen |= any(each.is_meta or bool(each.any()) for each in given)
+
     def __enter__(self) -> None:
+        for reader in self._readers:
+            self._hooks.append(reader.register_forward_pre_hook(self._look, with_kwargs=True))
         for name, module, counterpart in self._pairs:
             self._hooks.append(
                 module.register_forward_hook(self._compare(name, module, counterpart), with_kwargs=True)

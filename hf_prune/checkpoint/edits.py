@@ -25,6 +25,7 @@ DEPTH_FIELDS = (
     "encoder_layers",
     "decoder_layers",
     "num_layers",
+    "num_encoder_layers",
     "num_decoder_layers",
     "n_layer",
     "n_layers",
@@ -69,8 +70,12 @@ def build(model: PreTrainedModel, config: Any, listed: Kept | None = None) -> Pr
     """
     try:
         type(config).from_dict(config.to_dict())
+        config = copy.deepcopy(config)
+        for _, nested in configs(config):
+            if isinstance(dtype := nested.__dict__.get("dtype"), str):  # as `save_pretrained` leaves it
+                nested.dtype = getattr(torch, dtype)
         with torch.device("meta"):
-            built = type(model)(copy.deepcopy(config))
+            built = type(model)(config)
         for stack, kept in (listed or {}).items():
             keep_blocks_(built, stack, kept)
         return built
@@ -141,7 +146,10 @@ def depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, Se
                 nested, depth, len(kept), {key[1]: edit[key] for key in edit if key[0] == path}
             ):
                 attempt = {**edit, (path, name): value, **lists}
-                shorter = build(model, edited(config, attempt))
+                try:
+                    shorter = build(model, edited(config, attempt))
+                except NotImplementedError:  # a sum of two depths, which says itself that it can't be set
+                    continue
                 if shorter is not None and len(shorter.get_submodule(stack)) == len(kept):
                     edit = attempt
                     break

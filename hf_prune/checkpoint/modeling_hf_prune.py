@@ -93,8 +93,8 @@ class Absent(nn.Module):
         is_linear = weight is not None and (is_transposed or isinstance(replaced, nn.Linear))
         self._d_out = weight.shape[1 if is_transposed else 0] if weight is not None and is_linear else None
         named = dict(replaced.named_parameters())
-        # the last matrix, an output projection: not stacked experts nor query and key, which some models save joined
-        matrices = [each for each, parameter in named.items() if parameter.dim() == 2]
+        # the last matrix, an output projection: not stacked experts, query, key nor gate, which some models save joined
+        matrices = [each for each, parameter in named.items() if parameter.dim() == 2 and "gate" not in each]
         flat = [each for each, parameter in named.items() if parameter.dim() < 3]
         name = (matrices or flat[:1] or list(named))[-1]
         parameter = named[name]

@@ -45,6 +45,7 @@ from hf_prune.checkpoint.format import (
 from hf_prune.checkpoint.modeling_hf_prune import ConfigView, ManifestError, absent_returns, resize_
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure import Site
+from hf_prune.structure.layouts import DEPTH_NAMES, LAYER_NUMBER_NAMES, OWNED_BY_FIRST_BLOCK
 from hf_prune.structure.source import reads_config, source_of
 
 
@@ -103,6 +104,10 @@ def _settle(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]], li
     base = build(model, with_depth, listed)
     if base is None:
         raise UnsupportedModelError(f"{type(model).__name__} can't be built from its config once layers are dropped")
+    if depth and (full := build(model, config)) is not None and (name := _constant_of_depth(full, base, kept_layers)):
+        raise UnsupportedModelError(
+            f"{name} follows from the number of layers, so that a config of fewer builds another"
+        )
     views = view_fields(model)
     wanted = without_drift(sizes(model, views), sizes(base, views))
     widths: Edit = {}
@@ -153,6 +158,31 @@ def _settle(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]], li
     n_modules = len(manifest["modules"])
     which = "some of which have a bias more" if has_new_biases else "which differ by layer"
     return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, {which}", said)
+
+
+# Numbers that follow from a place or the depth and make no difference to what is computed, or are set right by themselves.
+_FREE = {*LAYER_NUMBER_NAMES, *DEPTH_NAMES, *DEPTH_FIELDS, *(flag for _, flag in OWNED_BY_FIRST_BLOCK)}
+
+
+def _constant_of_depth(full: nn.Module, fewer: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -> str | None:
+    """A plain number that a kept module has by its old place, or by the old depth, and wouldn't have when loaded again."""
+    before = dict(full.named_modules())
+    for name, module in fewer.named_modules():
+        old = before.get(_old_name(name, kept_layers), module)
+        for own, value in module.__dict__.items():
+            is_free = own in _FREE or own.startswith("_") or "drop" in f"{type(module).__name__}.{own}".lower()
+            if type(value) in (int, float, bool) and not is_free and value != old.__dict__.get(own, value):
+                return f"{name}.{own}"
+    return None
+
+
+def _old_name(name: str, kept_layers: Mapping[str, Sequence[int]]) -> str:
+    """What a module was called before layers left."""
+    for stack, kept in kept_layers.items():
+        number, dot, rest = name.removeprefix(f"{stack}.").partition(".")
+        if name.startswith(f"{stack}.") and number.isdigit() and int(number) < len(kept):
+            return f"{stack}.{kept[int(number)]}{dot}{rest}"
+    return name
 
 
 def _missing(

@@ -38,7 +38,10 @@ class Totals:
 def measure_totals(model: nn.Module, sample: Mapping[str, Any] | None) -> Totals:
     """Count `model`; MACs are counted while it runs on `sample`: measure dense and pruned on the same."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    macs = None if sample is None else count_macs(model, sample)
+    try:
+        macs = None if sample is None else count_macs(model, sample)
+    except ValueError:  # PyTorch's norms over groups refuse a single sample of a single position
+        macs = None
     return Totals(count_parameters(model), size, macs, sample)
 
 

@@ -92,6 +92,7 @@ def _site(names: ModuleNames, name: str, module: nn.Module, layout: AttentionLay
     _refuse_alibi(names, name, module)
     heads = heads_of(names, name, layout, width)
     _refuse_fixed_width(module)
+    refuse_swapped(names, name)
     n_units, unit = heads.n_units, Span(0, width // heads.n_units)
     slices = [*heads.slices, reading_slice(output_name, output, unit)]
     norms, of_norms = full_width_norms(names, name, heads)
@@ -151,6 +152,20 @@ def _refuse_alibi(names: ModuleNames, name: str, module: nn.Module) -> None:
     takes_alibi = layouts.ALIBI_ARGUMENT in inspect.signature(type(module).forward).parameters
     if takes_alibi and getattr(names.config_of(name), layouts.ALIBI_ARGUMENT, True):
         raise Refused("ALiBi gives each head a slope by its number, which changes when heads leave")
+
+
+def refuse_swapped(names: ModuleNames, name: str) -> None:
+    """Whether what holds the attention may put a new one, of the config's sizes, in its place as it runs (BigBird).
+
+    Raises:
+        Refused: it may.
+    """
+    around = names.modules[names.parent(name)]
+    swap = next((own for own in layouts.ATTENTION_SWAPS if hasattr(around, own)), None)
+    if swap and name.rpartition(".")[2] == "self":
+        raise Refused(
+            f"{swap} puts a new attention of the config's sizes in its place, depending on the input's length"
+        )
 
 
 def _refuse_fixed_width(module: nn.Module) -> None:

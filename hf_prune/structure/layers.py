@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from hf_prune.structure import layouts
-from hf_prune.structure.naming import ModuleNames, read_list
+from hf_prune.structure.naming import ModuleNames, is_linear, read_list
 from hf_prune.structure.sites import Refusal, Site
+from hf_prune.structure.source import forward_of
 
 
 Stacks = dict[str, tuple[str, ...]]
@@ -27,7 +28,13 @@ def find_stacks(names: ModuleNames) -> tuple[Stacks, list[Refusal]]:
     stacks: Stacks = {}
     refusals: list[Refusal] = []
     for name, module in names.modules.items():
-        if not _is_list_of_blocks(module) or _inside(name, stacks):
+        if _inside(name, stacks):
+            continue
+        if not _is_list_of_blocks(module):
+            if _is_list_of_attentions(module):
+                refusals.append(
+                    Refusal("layers", name, "its blocks are attentions alone, without what is around them")
+                )
             continue
         blocks = tuple(f"{name}.{own}" for own, _ in module.named_children())
         field = layouts.REPEAT_FIELDS.get(name.rpartition(".")[2])
@@ -57,6 +64,11 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
     if len(classes) > 1 and not all(_LAYER in (each.__name__ for each in kind.__mro__) for kind in classes):
         return False
     return "Attention" not in type(blocks[0]).__name__ or len(classes) > 1 or _is_whole_layer(blocks[0])
+
+
+def _is_list_of_attentions(module: nn.Module) -> bool:
+    kinds = [type(block).__name__ for block in module.children()] if isinstance(module, nn.ModuleList) else []
+    return len(kinds) > 1 and all(re.search("Attention|Attn", kind) for kind in kinds)
 
 
 def _is_whole_layer(block: nn.Module) -> bool:
@@ -124,7 +136,8 @@ def _looks_like_transformer(block: nn.Module) -> bool:
     A convolution of the block itself isn't beside a residual stream, but makes another one (wav2vec 2's features).
     """
     is_layer = any(each.__name__ == _LAYER for each in type(block).__mro__)
-    if is_layer and not any(isinstance(child, (nn.Conv1d, nn.Conv2d)) for child in block.children()):
+    holds_linear = any(is_linear(each) for each in block.modules())
+    if is_layer and holds_linear and not any(isinstance(child, (nn.Conv1d, nn.Conv2d)) for child in block.children()):
         return True
     return any("Attention" in type(module).__name__ for module in block.modules())
 
@@ -135,6 +148,11 @@ def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> st
     for streams in layouts.TWO_STREAMS:
         if all(stream in arguments for stream in streams):
             return f"its blocks hand on {' and '.join(streams)}, of which only one would pass a masked block"
+    if re.search(r"\.forward\(", forward_of(names.modules[names.parent(name)])):
+        return "its blocks are run by their forward alone, so that no hook can make one be passed by"
+    widths = sorted({width for block in blocks if (width := _width(names.modules[block]))})
+    if len(widths) > 1:
+        return f"its blocks take {' and '.join(map(str, widths))} entries, so that not each can be passed by"
     if any("sampl" in type(names.modules[block]).__name__.lower() for block in blocks):
         return "some of its blocks change the number of positions"
     if owned := _owned_by_first(names, blocks):
@@ -153,6 +171,13 @@ def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> st
     if name.rpartition(".")[2] in layouts.REPEAT_FIELDS and len(set(blocks)) > 1:
         return "several shared blocks take turns, so that dropping one changes which block is called where"
     return None
+
+
+def _width(block: nn.Module) -> int | None:
+    """How many entries the states have that a block takes, by its first norm; None where it has none of its own."""
+    norms = (child for child in block.children() if "Norm" in type(child).__name__)
+    weights = (norm._parameters.get("weight") for norm in norms)
+    return next((weight.numel() for weight in weights if weight is not None), None)
 
 
 def _owned_by_first(names: ModuleNames, blocks: tuple[str, ...]) -> str | None:

@@ -141,6 +141,7 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("gate_proj.linear", "up_proj.linear"), output="down_proj.linear"),  # Gemma 4's towers
     FeedForwardLayout(inputs=("intermediate.dense",), output="output.dense"),  # BERT
     FeedForwardLayout(inputs=("fc1",), output="fc2"),  # OPT, BART, ViT, CLIP, Whisper
+    FeedForwardLayout(inputs=("fc1.proj",), output="fc2"),  # CLVP, whose input is gate and up
     FeedForwardLayout(inputs=("c_fc",), output="c_proj"),  # GPT-2
     FeedForwardLayout(inputs=("c_fc_0", "c_fc_1"), output="c_proj"),  # EXAONE
     FeedForwardLayout(inputs=("dense_h_to_4h",), output="dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
@@ -296,6 +297,9 @@ CROSS_ATTENTION_WORDS = ("cross", "encoder_attn", "encdec")
 
 # Arguments by which an attention gets a bias by head number (ALiBi): slopes would change with the count.
 ALIBI_ARGUMENT = "alibi"
+
+# Methods of what holds an attention that put another in its place.
+ATTENTION_SWAPS = ("set_attention_type",)
 
 # Config switches that make a layer's function depend on its number.
 LAYER_NUMBER_SWITCHES = ("scale_attn_by_inverse_layer_idx", "num_kv_shared_layers")

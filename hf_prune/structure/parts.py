@@ -63,7 +63,7 @@ def _sites(names: ModuleNames, name: str, blocks: tuple[str, ...], part: Part) -
     elif (
         part == "attention"
         and not is_told
-        and any("Attention" in type(names.modules[each]).__name__ for each in names.inside(blocks[0]))
+        and any("Attention" in type(names.modules[each]).__name__ for each in (blocks[0], *names.inside(blocks[0])))
     ):
         yield Refusal(
             "layers", name, "the attentions of its blocks match no known layout, or read another stack", part
@@ -107,6 +107,10 @@ def _holds_norm(module: nn.Module, d_model: int) -> bool:
 def _branch(names: ModuleNames, block: str, part: Part, name: str, held: list[str], output: str) -> Branch:
     config = names.config_of(block)
     if part == "attention":
+        try:
+            attention.refuse_swapped(names, name)
+        except attention.Refused as reason:
+            raise _Refused(str(reason)) from reason
         for switch in layouts.LAYER_NUMBER_SWITCHES:
             if getattr(config, switch, None):
                 raise _Refused(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_within
-from hf_prune.structure.sites import Refusal, Site
+from hf_prune.structure.sites import Part, Refusal, Site
 
 
 HOW_TO_ADD = "hf_prune.register_layout teaches it one: docs/extending.md"
@@ -32,6 +32,22 @@ def find(names: ModuleNames, sites: Sequence[Site], refusals: Sequence[Refusal])
             yield Refusal("ffn_neurons", name, f"{pair[0]} and {pair[1]} match no known layout; {HOW_TO_ADD}")
 
 
+def of_parts(
+    stacks: Mapping[str, Sequence[str]], sites: Sequence[Site], refusals: Sequence[Refusal]
+) -> Iterator[Refusal]:
+    """What of a stack's heads or neurons matches no layout is no part of its layers either: told for each stack by itself."""
+    parts: dict[str, Part] = {"attention_heads": "attention", "ffn_neurons": "feed_forward"}
+    told = {(site.name, site.part) for site in sites} | {
+        (stack, refusal.part) for refusal in refusals for stack in stacks if is_within(refusal.name, stack)
+    }
+    for refusal in refusals:
+        part = parts.get(refusal.target)
+        stack = next((stack for stack in stacks if is_within(refusal.name, stack)), None)
+        if part and stack and (stack, part) not in told:
+            told.add((stack, part))
+            yield Refusal("layers", stack, f"{refusal.name}: {refusal.reason}", part)
+
+
 def _attentions(names: ModuleNames, covered: set[str], refused: set[str]) -> dict[str, list[str]]:
     """By the outermost module that calls itself an attention, its linear layers; none of which is in a site."""
     found: dict[str, list[str]] = {}
@@ -53,13 +69,15 @@ def _widening_pair(names: ModuleNames, name: str, module: nn.Module, covered: se
     maps = {
         f"{own}.{path}" if path else own: each
         for own, child in module.named_children()
-        for path, each in ((path, each) for path, each in child.named_modules() if "." not in path)
+        for path, each in ((path, each) for path, each in child.named_modules() if path.count(".") < 2)
         if _is_map(each) and names.resolve(name, f"{own}.{path}" if path else own) not in covered
     }
     for first, widens in maps.items():
         for second, narrows in maps.items():
             n, d = d_in(narrows), d_out(narrows)
-            leads_back = d_in(widens) == d and (d_out(widens) == 2 * n >= 2 * d or (d_out(widens) == n > d))
+            # of linear layers d -> n -> d with n <= d may be anything; two convolutions of single positions are one thing
+            is_wide = n > d or not (is_linear(widens) or is_linear(narrows))
+            leads_back = d_in(widens) == d and (d_out(widens) == 2 * n >= 2 * d or (d_out(widens) == n and is_wide))
             if first.partition(".")[0] != second.partition(".")[0] and leads_back:
                 return first, second
     return None
