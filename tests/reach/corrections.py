@@ -23,8 +23,9 @@ HIERA = {
     "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
 SAM2 = {"backbone_config": HIERA, "backbone_channel_list": [256, 128, 64, 32]}
-# Linear attention in most layers, full attention in the last of four.
-HYBRID = {"num_hidden_layers": 4}
+# Linear attention, or a convolution, and full attention in turns: two of each, so that one of each can leave.
+HYBRID = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
 RESNET = {
     "model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 32, 32, 32], "depths": [2, 2, 2, 2],
     "out_features": ["stage2", "stage3", "stage4"],
@@ -35,7 +36,7 @@ QWEN_VISION = {"fullatt_block_indexes": [1], "window_size": 32, "out_hidden_size
 
 INDEXED = {
     "num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
-    "indexer_compress_ratio": 4,
+    "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "indexed_attention"] * 2,
 }  # fmt: skip
 # model type -> fields of its config, nested as its sub-configs are
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -98,7 +99,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sam3_tracker": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "audio-spectrogram-transformer": {"max_length": 64},
-    "bamba": {"attn_layer_indices": [1]},
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "blip-2": {"image_token_index": 150},
     "instructblip": {"image_token_index": 150},
     "instructblipvideo": {"video_token_index": 150},
@@ -151,7 +152,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "voxtral": {"audio_token_id": 150, "audio_config": {"intermediate_size": 128}},
     "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 32}},
     "pocket_tts": {"flow_head_config": {"condition_dim": 32}},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "granitemoehybrid": HYBRID,
     "grounding-dino": {"max_text_len": 12, "num_queries": 4, "backbone_config": SWIN},
     "mm-grounding-dino": {"max_text_len": 12, "num_queries": 4, "backbone_config": SWIN},
     "layoutlmv3": {"input_size": 32, "coordinate_size": 6, "shape_size": 4},
@@ -219,9 +220,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": HEAD_DIM,
     "hunyuan_vl": {"text_config": {**HEAD_DIM, **MROPE}},
     "hunyuan_vl_text": {**HEAD_DIM, **MROPE},
-    "jamba": {"num_hidden_layers": 8},
-    "kimi_linear": {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "jamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 1},
+    "kimi_linear": HYBRID,
+    "lfm2_moe": CONVOLUTIONS,
+    "lfm3": CONVOLUTIONS,
+    "lfm3_vl": {"text_config": CONVOLUTIONS},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention", "mlp"]},
+    "recurrent_gemma": {"num_hidden_layers": 4, "block_types": ["recurrent", "attention"]},
     "mamba2": {"num_heads": 8},
     "minicpm_ocr": {"text_config": HYBRID},
     "minicpmv4_6": {"text_config": HYBRID},

@@ -92,7 +92,8 @@ def shrunken(
     stages = values.get("out_features")
     if stages and new and isinstance(new, int) and "stage_names" in dir(config):
         values["num_hidden_layers"] = max(new, len(stages))
-        values["out_features"] = [f"stage{i + 1}" for i in range(len(stages))]
+        first = values["num_hidden_layers"] - len(stages) + 1  # the last, so that every block shows
+        values["out_features"] = [f"stage{i}" for i in range(first, first + len(stages))]
         values.pop("out_indices", None)
     if "kv_lora_rank" in values and "num_key_value_heads" in values:
         values["num_key_value_heads"] = HEADS  # latent attention expands its keys to all heads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.reach.shrinking import FIRST_WORD, WORDS
+from tests.reach.turn import turn
 from tests.reach.zoo import REASONS, Built, NotBuildable, base_types, build, model_types
 
 
 BUILT = [model_type for model_type in model_types() if model_type not in REASONS]
-# Continuous integration takes another slice at each run; elsewhere it is the first one.
 N_SLICES = 150
-SLICE = BUILT[int(os.environ.get("GITHUB_RUN_NUMBER", "0")) % N_SLICES :: N_SLICES]
+SLICE = BUILT[turn() % N_SLICES :: N_SLICES]
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +115,12 @@ def test_a_seed_gives_the_same_weights_and_inputs() -> None:
     weight = "lm_head.weight"
     assert not torch.equal(one.model.state_dict()[weight], other.model.state_dict()[weight])
     assert not torch.equal(one.inputs["pixel_values"], other.inputs["pixel_values"])
+
+
+def test_each_commit_takes_another_slice_and_all_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_RUN_NUMBER", "7")
+    assert turn.__wrapped__() == 7
+    monkeypatch.delenv("GITHUB_RUN_NUMBER")
+    assert turn.__wrapped__() == turn.__wrapped__() >= 0
+    slices = [BUILT[number::N_SLICES] for number in range(N_SLICES)]
+    assert sorted(name for each in slices for name in each) == BUILT

@@ -84,5 +84,8 @@ def build(model_type: str, auto: type | None = None, seed: int = 0) -> Built:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith(".embed") and not buffer.any():  # a codebook that training fills
+                    buffer.add_(torch.randn(buffer.shape, generator=generator))
         inputs = make_inputs(model, INPUTS.get(model_type, {}), seed)
     return Built(model, inputs, model_type)
