@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from tests.reach.census import KINDS, reviewed
 from tests.reach.proof import SCOPES, TARGETS, held_of
+from tests.reach.results import FILE, Row, read, word
 from tests.reach.zoo import model_types
 
 
@@ -20,7 +19,8 @@ SIGNS = {"proven": "✓", "refused": "refused", "WRONG": "wrong", "none": "–"}
 HEAD = """# What is supported
 
 Written by `python scripts/support.py`, which builds a tiny random model of each model type of Transformers {transformers} (PyTorch
-{torch}), watches it run to see what it holds (the census), takes half of each target away (scope {scopes}), and checks that
+{torch}), watches it run to see what it holds (the census), takes half of each target away (scope {scopes}; a
+third where one of each kind of blocks has to stay), and checks that
 
 - what is to be pruned was found, and nothing that the census holds was left out in silence;
 - the smaller model gives what the masked one gives;
@@ -38,73 +38,65 @@ Written by `python scripts/support.py`, which builds a tiny random model of each
 """
 
 
-def rows(results: Path) -> dict[str, dict[str, Any]]:
-    """By type; of a type that was run again, the last."""
-    each = (json.loads(line) for line in results.read_text(encoding="utf-8").splitlines())
-    return {row["type"]: row for row in sorted(each, key=lambda row: row["type"])}
+def write(results: Path = FILE, page: Path = PAGE) -> None:
+    """Write the page from what runs left."""
+    page.write_text(text(read(results)), encoding="utf-8")
 
 
-def outcome(row: dict[str, Any], target: str) -> str:
-    """The worst of the scopes."""
-    order = ("WRONG", "refused", "proven", "none")
-    of_scopes = [row["outcomes"][key] for scope in SCOPES if (key := f"{target} {scope}") in row["outcomes"]]
-    return min(of_scopes, key=lambda each: order.index(_word(each)))
-
-
-def _word(outcome: str) -> str:
-    return outcome.split(" ")[0].rstrip(":")
-
-
-def write(results: Path, page: Path = PAGE) -> None:
-    """Write the page from what a run left."""
-    page.write_text(text(rows(results)), encoding="utf-8")
-
-
-def text(by_type: dict[str, dict[str, Any]]) -> str:
+def text(by_type: dict[str, Row]) -> str:
     """The page."""
     notes: dict[str, int] = {}
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
-    seen = {key.rpartition(" ")[2] for row in by_type.values() for key in row["outcomes"]}
+    seen = {scope for row in by_type.values() for scope in row.scopes}
     versions["scopes"] = " and ".join(scope for scope in SCOPES if scope in seen)
     lines = [HEAD.format(**versions) + "\n".join(_counts(by_type)), ""]
     lines += [f"| type | {' | '.join(f'`{target}`' for target in TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
     for name, row in by_type.items():
-        if row["outcomes"]:
-            cells = [_cell(outcome(row, target), notes) for target in TARGETS]
+        if row.outcomes:
+            cells = [_cell(row.outcomes[target], notes) for target in TARGETS]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "## Notes", "", *(f"{number}. {_plain(note)}" for note, number in notes.items())]
-    unbuilt = {name: row["not built"] for name, row in by_type.items() if not row["outcomes"]}
+    unbuilt = {name: row.not_built for name, row in by_type.items() if not row.outcomes}
     if unbuilt:
         lines += ["", "## Types that no tiny model was made of", ""]
         lines += [f"- {name}: {_plain(why)}" for name, why in unbuilt.items()]
     return "\n".join(lines) + "\n"
 
 
-def _counts(by_type: dict[str, dict[str, Any]]) -> list[str]:
-    built = {name: row for name, row in by_type.items() if row["outcomes"]}
+def _counts(by_type: dict[str, Row]) -> list[str]:
+    built = {name: row for name, row in by_type.items() if row.outcomes}
     lines = [
-        f"Of {len(model_types())} model types {len(by_type)} were tried and {len(built)} built.",
+        f"Of {len(model_types())} model types {len(by_type)} were tried and {len(built)} built. {_ages(by_type)}",
         "",
         "| target | types that hold it | proven | refused | wrong |",
         "|---|---|---|---|---|",
     ]
     for target in TARGETS:
         held = [row for name, row in built.items() if holds(name, row, target)]
-        words = Counter(_word(outcome(row, target)) for row in held)
+        words = Counter(word(row.outcomes[target]) for row in held)
         share = f" ({100 * words['proven'] / len(held):.0f} %)" if held else ""
         wrong = words["WRONG"] + words["none"]
         lines.append(f"| `{target}` | {len(held)} | {words['proven']}{share} | {words['refused']} | {wrong} |")
     return lines
 
 
-def holds(model_type: str, row: dict[str, Any], target: str) -> bool:
+def _ages(by_type: dict[str, Row]) -> str:
+    """How many rows were tried with the sources that the newest row was tried with, and how old the others are."""
+    newest = max(by_type.values(), key=lambda row: row.tried)
+    older = sorted(row.tried for row in by_type.values() if row.sources != newest.sources)
+    if not older:
+        return "All rows are of the same sources."
+    return f"{len(by_type) - len(older)} rows are of the newest sources, {len(older)} of older ones: tried {older[0]} to {older[-1]}."
+
+
+def holds(model_type: str, row: Row, target: str) -> bool:
     """By the reviewed census; every model holds weights."""
-    entry = reviewed(model_type) or row.get("census") or {kind: [] for kind in KINDS}
+    entry = reviewed(model_type) or row.census or {kind: [] for kind in KINDS}
     return bool(held_of(target, entry))
 
 
 def _cell(outcome: str, notes: dict[str, int]) -> str:
-    sign, (_, _, why) = SIGNS[_word(outcome)], outcome.partition(" ")
+    sign, (_, _, why) = SIGNS[word(outcome)], outcome.partition(" ")
     if not why:
         return sign
     return f"{sign} {notes.setdefault(why.strip('()'), len(notes) + 1)}"
