@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_prune.calibration.batches import Batch, decoder_modules, first_sample, to_device
 from hf_prune.calibration.blocks import BlockCall, Place, watch
-from hf_prune.calibration.recorders import SampleSums, at_least_float32, float64, require_finite, start_graph, zeros
+from hf_prune.calibration.recorders import GateSums, at_least_float32, float64, require_finite, start_graph, zeros
 from hf_prune.calibration.residual import find_branches
 from hf_prune.errors import UnsupportedModelError
 from hf_prune.structure.sites import Site
@@ -116,17 +116,17 @@ class PartSums:
 
 
 class PartGates:
-    """Sums over samples of |dL/dg| (or another function of it) with y + x as g y + x, y what a part adds; (n_units,). Counts are calls."""
+    """Sums of a function of dL/dg, as `gates` has it, with y + x as g y + x, y what a part adds; (n_units,). Counts are calls."""
 
     def __init__(
         self,
         model: nn.Module,
         sites: Sequence[Site],
         joins: Sequence[Join],
-        of: Callable[[Tensor], Tensor] = torch.abs,
+        gates: Callable[[], GateSums],
     ):
         self._model, self._joins = model, joins
-        self._gates = SampleSums(of)
+        self._gates = gates()
         self.sums = {site.key: zeros(site.n_units) for site in sites}
         self.counts = {site.key: zeros(site.n_units) for site in sites}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from hf_prune.calibration import statistics as names
 from hf_prune.calibration.batches import Batch, dealt, take, without_logits
 from hf_prune.calibration.branches import Join, PartGates, PartSums, find_joins
 from hf_prune.calibration.loss import loss_sum, n_labels, require_labels, with_labels
-from hf_prune.calibration.recorders import InputSums, LayerGates, LayerSums, Recorder, UnitGates, WeightGradients
+from hf_prune.calibration.recorders import (
+    GateSums,
+    InputSums,
+    LayerGates,
+    LayerSums,
+    Recorder,
+    UnitGates,
+    WeightGradients,
+)
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.calibration.routing import RoutedNorms, RoutedShares
 from hf_prune.calibration.statistics import NEEDS_OF_GRADIENTS, NEEDS_OF_LAYERS, NEEDS_OF_READS, Statistics
@@ -109,8 +118,9 @@ def _recorders(
     def of_layers(of: Callable[[Tensor, Tensor], Tensor]) -> list[Recorder]:
         return [LayerSums(model, layers, of), PartSums(model, parts, joins, of)]
 
-    def gates(of: Callable[[Tensor], Tensor]) -> list[Recorder]:
-        return [UnitGates(model, units, of), LayerGates(model, layers, of), PartGates(model, parts, joins, of)]
+    def gates(of: Callable[[Tensor], Tensor], per_token: bool = False) -> list[Recorder]:
+        sums = partial(GateSums, of, per_token)
+        return [UnitGates(model, units, sums), LayerGates(model, layers, sums), PartGates(model, parts, joins, sums)]
 
     makers: dict[str, Callable[[], list[Recorder]]] = {
         names.SQUARED_INPUTS: lambda: [InputSums(model, others)],
@@ -122,6 +132,7 @@ def _recorders(
         names.SQUARED_GATE_GRADIENTS: lambda: gates(torch.square),
         names.ROUTED_SHARES: lambda: [RoutedShares(model, experts)],
         names.ROUTED_NORMS: lambda: [RoutedNorms(model, experts)],
+        names.SQUARED_TOKEN_GATES: lambda: gates(torch.square, per_token=True),
         names.WEIGHT_GRADIENTS: lambda: [WeightGradients(model, sites)],
     }
     return [(need, recorder) for need in sorted(needs) for recorder in makers[need]()]

@@ -136,16 +136,16 @@ class LayerSums:
 
 
 class UnitGates:
-    """Sums over samples of |dL/dg| (or another function of it), g a factor on what a unit hands to every module that reads it; (n_units,).
+    """Sums of a function of dL/dg, as `gates` has it, g a factor on what a unit hands to every module that reads it; (n_units,).
 
     By the chain rule dL/dg is the sum of a · dL/da over all that the unit hands on. One gate a unit: all reads, calls
     and positions are added up before the absolute value. Counts are calls.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor], Tensor] = torch.abs):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], gates: Callable[[], GateSums]):
         self._model = model
         self._sites = sites
-        self._gates = SampleSums(of)
+        self._gates = gates()
         self.sums = {site.key: zeros(site.n_units) for site in sites}
         self.counts = {site.key: zeros(1) for site in sites}
 
@@ -172,9 +172,7 @@ class UnitGates:
 
             def on_gradient(gradient: Tensor) -> None:
                 product = at_least_float32(value) * self._batch.by_sample(_units(gradient, site, read), read.module)
-                # (B, positions, n_units * width) -> (B, n_units)
-                product = product.unflatten(-1, (site.n_units, read.span.width))
-                self._gates.add(site.key, float64(product, dim=(1, 3)))
+                self._gates.add(site.key, product.unflatten(-1, (site.n_units, read.span.width)))
 
             x.register_hook(on_gradient)
 
@@ -182,11 +180,11 @@ class UnitGates:
 
 
 class LayerGates:
-    """Sums over samples of |dL/dg| (or another function of it) with output = input + g (block(input) - input); (n_units,). Counts are calls."""
+    """Sums of a function of dL/dg, as `gates` has it, with output = input + g (block(input) - input); (n_units,). Counts are calls."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], of: Callable[[Tensor], Tensor] = torch.abs):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], gates: Callable[[], GateSums]):
         self._model = model
-        self._gates = SampleSums(of)
+        self._gates = gates()
         self._positions = {site.key: _CallPositions(site) for site in sites}
         self.sums = {site.key: zeros(site.n_units) for site in sites}
         self.counts = {site.key: zeros(site.n_units) for site in sites}
@@ -254,30 +252,40 @@ class WeightGradients:
         return hook
 
 
-class SampleSums:
-    """Gate gradients of one batch by key, (B, n_units) float64: signed until all of a sample's are added up."""
+class GateSums:
+    """Gate gradients of one batch by key, (B, n_units) float64, or (B, T, n_units): signed until all of a sample's, or of a
+    position's, are added up; of the sums a function is then taken.
 
-    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
-        self._of = of
-        self._by_key: dict[str, Tensor] = {}
+    Args:
+        of: the function.
+        per_token: a gate for each position, not one for a whole sample.
+    """
+
+    def __init__(self, of: Callable[[Tensor], Tensor], per_token: bool = False) -> None:
+        self._of, self._per_token = of, per_token
+        self._held: dict[tuple[str, torch.Size], Tensor] = {}
 
     def clear(self) -> None:
-        self._by_key.clear()
+        self._held.clear()
 
-    def add(self, key: str, gates: Tensor) -> None:
-        before = self._by_key.get(key)
-        self._by_key[key] = gates if before is None else before + gates.to(before.device)
+    def add(self, key: str, product: Tensor) -> None:
+        """Of all units: what their gates are multiplied with times the gradients there, (B, T, n_units, width)."""
+        self._add(key, float64(product, dim=(3,) if self._per_token else (1, 3)))
 
     def add_one(self, key: str, unit: int, n_units: int, product: Tensor) -> None:
-        """Of one unit: what its gate is multiplied with times the gradient there, (B, positions, d_model)."""
-        gate = float64(product, dim=(1, 2))  # (B,)
-        by_unit = zeros(len(gate), n_units)
-        by_unit[:, unit] = gate
-        self.add(key, by_unit)
+        """Of one unit, (B, T, d_model)."""
+        gate = float64(product, dim=(2,) if self._per_token else (1, 2))
+        by_unit = zeros(*gate.shape, n_units)
+        by_unit[..., unit] = gate
+        self._add(key, by_unit)
 
     def fold_into(self, sums: dict[str, Tensor]) -> None:
-        for key, gates in self._by_key.items():
-            sums[key] += self._of(gates).sum(0).cpu()
+        for (key, _), gates in self._held.items():
+            sums[key] += self._of(gates).flatten(end_dim=-2).sum(0)
+
+    def _add(self, key: str, gates: Tensor) -> None:
+        place = key, gates.shape  # what is read at other positions is another gate
+        self._held[place] = self._held[place] + gates if place in self._held else gates
 
 
 class _CallPositions:

@@ -18,15 +18,17 @@ SQUARED_UPDATES = "squared_updates"
 TURNS = "turns"
 GATE_GRADIENTS = "gate_gradients"
 SQUARED_GATE_GRADIENTS = "squared_gate_gradients"
+SQUARED_TOKEN_GATES = "squared_token_gates"
 WEIGHT_GRADIENTS = "weight_gradients"
 MOVEMENT = "movement"
 ROUTED_SHARES = "routed_shares"
 ROUTED_NORMS = "routed_norms"
+_OF_GATES = frozenset({GATE_GRADIENTS, SQUARED_GATE_GRADIENTS, SQUARED_TOKEN_GATES})
 # of which those of layers look at what goes in and comes out
-NEEDS_OF_LAYERS = frozenset({SQUARED_UPDATES, TURNS, GATE_GRADIENTS, SQUARED_GATE_GRADIENTS})
-NEEDS_OF_GRADIENTS = frozenset({GATE_GRADIENTS, SQUARED_GATE_GRADIENTS, WEIGHT_GRADIENTS})
+NEEDS_OF_LAYERS = frozenset({SQUARED_UPDATES, TURNS}) | _OF_GATES
+NEEDS_OF_GRADIENTS = frozenset({WEIGHT_GRADIENTS}) | _OF_GATES
 # what is looked at where units are read, by hooks on the modules that read them
-NEEDS_OF_READS = frozenset({SQUARED_INPUTS, MEAN_INPUTS, FIRING, GATE_GRADIENTS, SQUARED_GATE_GRADIENTS})
+NEEDS_OF_READS = frozenset({SQUARED_INPUTS, MEAN_INPUTS, FIRING}) | _OF_GATES
 NEEDS_OF_TRAINING = frozenset({MOVEMENT})  # what no pass over calibration data tells
 
 
@@ -43,6 +45,7 @@ class Statistics:
         turns: by site key, (n_units,): mean over tokens of 1 - cos(input, output) of each layer.
         gate_gradients: by site key, (n_units,): sum over samples of |dL/dg|, g a factor on the unit's contribution.
         squared_gate_gradients: by site key, (n_units,): sum over samples of (dL/dg)².
+        squared_token_gates: by site key, (n_units,): sum over positions of (dL/dg)², g a factor at that position alone.
         weight_gradients: by parameter name, its shape: dL/dw.
         movement: by site key, (n_units,) or the weight's shape, float32: -Σ w dL/dw over the optimizer's steps, see
             `hf_prune.training.movement`; 0 for what has left.
@@ -59,6 +62,7 @@ class Statistics:
     turns: dict[str, Tensor] = field(default_factory=dict)
     gate_gradients: dict[str, Tensor] = field(default_factory=dict)
     squared_gate_gradients: dict[str, Tensor] = field(default_factory=dict)
+    squared_token_gates: dict[str, Tensor] = field(default_factory=dict)
     weight_gradients: dict[str, Tensor] = field(default_factory=dict)
     movement: dict[str, Tensor] = field(default_factory=dict)
     routed_shares: dict[str, Tensor] = field(default_factory=dict)

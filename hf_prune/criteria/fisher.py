@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from hf_prune.calibration.statistics import SQUARED_GATE_GRADIENTS, Statistics
+from hf_prune.calibration.statistics import SQUARED_GATE_GRADIENTS, SQUARED_TOKEN_GATES, Statistics
 from hf_prune.criteria.base import no_weights
 from hf_prune.structure.sites import Site, Target, WeightSite
 
@@ -17,16 +17,22 @@ class Fisher:
     """Sum over samples of (dL/dg)², g a gate on the unit: the diagonal of the empirical Fisher information, which stands for
     the Hessian in the second-order loss change of closing the gate (Kwon et al. 2022; there the mean over samples, which
     ranks alike).
+
+    Args:
+        per_token: a gate for each position of a sample, in place of the paper's one for all; the sum then has as many terms
+            as there are positions, so that it takes fewer samples to tell units apart.
     """
 
+    per_token: bool = False
     loss_units: ClassVar[bool] = True
 
     def needs(self, target: Target) -> frozenset[str]:
-        return frozenset({SQUARED_GATE_GRADIENTS})
+        return frozenset({SQUARED_TOKEN_GATES if self.per_token else SQUARED_GATE_GRADIENTS})
 
     def score_units(self, model: nn.Module, site: Site, statistics: Statistics | None) -> Tensor:
         assert statistics is not None
-        return statistics.squared_gate_gradients[site.key].float()
+        found = statistics.squared_token_gates if self.per_token else statistics.squared_gate_gradients
+        return found[site.key].float()
 
     def score_weights(self, model: nn.Module, site: WeightSite, statistics: Statistics | None) -> Tensor:
         raise no_weights("fisher")

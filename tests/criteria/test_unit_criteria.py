@@ -20,9 +20,9 @@ from tests import zoo
 from tests.criteria.test_contract import labelled
 
 
-def scores(criterion, model, site, batches):
-    statistics = collect(model, batches, get(criterion).needs(site.target), [site])
-    return get(criterion).score_units(model, site, statistics)
+def scores(criterion, model, site, batches, **options):
+    scorer = get(criterion, options)
+    return scorer.score_units(model, site, collect(model, batches, scorer.needs(site.target), [site]))
 
 
 def inputs_of(model, module, batches, n_tokens=6):
@@ -38,30 +38,33 @@ def inputs_of(model, module, batches, n_tokens=6):
     return torch.cat(seen)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(("name", "target", "width"), [("bert", "ffn_neurons", 1), ("llama", "attention_heads", 16)])
-def test_fisher_is_the_squared_gate_gradient_sample_by_sample(name, target, width):
+def test_fisher_is_the_squared_gate_gradient_sample_by_sample_or_token_by_token(name, target, width, per_token):
     model = zoo.build(name, torch.float64)
     site = inspect_model(model).of(target)[1]
     batches = labelled(name, n_batches=1, size=3)
-    gate = torch.ones(site.n_units, dtype=torch.float64, requires_grad=True)
+    gate = torch.ones(8 if per_token else 1, site.n_units, dtype=torch.float64, requires_grad=True)
     handle = model.get_submodule(site.reads[0].module).register_forward_pre_hook(
-        lambda module, args: (args[0] * gate.repeat_interleave(width),)
+        lambda module, args: (args[0] * gate.repeat_interleave(width, dim=1),)
     )
     expected = torch.zeros(site.n_units, dtype=torch.float64)
     n_labels = 3 if name == "bert" else 3 * 7  # a causal model predicts all tokens but the first
     for sample in range(3):
         one = {key: value[sample : sample + 1] for key, value in batches[0].items()}
         loss = model(**{"labels": one["input_ids"], **one}).loss * (n_labels // 3)  # the sum over label tokens
-        expected += torch.autograd.grad(loss, gate)[0].square() / n_labels
+        expected += torch.autograd.grad(loss, gate)[0].square().sum(0) / n_labels
     handle.remove()
-    assert torch.allclose(scores("fisher", model, site, batches).double(), expected, rtol=1e-5)
+    assert torch.allclose(scores("fisher", model, site, batches, per_token=per_token).double(), expected, rtol=1e-5)
 
 
-def test_fisher_of_layers_is_the_gate_on_what_a_layer_adds():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_fisher_of_layers_is_the_gate_on_what_a_layer_adds(per_token):
     model = zoo.build("bert", torch.float64)
     (site,) = inspect_model(model).of("layers")
     batches = labelled("bert", n_batches=1, size=3)
-    gates = [torch.ones((), dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    positions = batches[0]["input_ids"].shape[1] if per_token else 1
+    gates = [torch.ones(positions, 1, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     handles = [
         layer.register_forward_hook(lambda module, args, output, g=g: args[0] + g * (output - args[0]))
         for layer, g in zip(model.bert.encoder.layer, gates, strict=True)
@@ -69,10 +72,10 @@ def test_fisher_of_layers_is_the_gate_on_what_a_layer_adds():
     expected = torch.zeros(3, dtype=torch.float64)
     for sample in range(3):
         loss = model(**{key: value[sample : sample + 1] for key, value in batches[0].items()}).loss
-        expected += torch.stack(torch.autograd.grad(loss, gates)).square() / 3
+        expected += torch.stack(torch.autograd.grad(loss, gates)).square().sum((1, 2)) / 3
     for handle in handles:
         handle.remove()
-    assert torch.allclose(scores("fisher", model, site, batches).double(), expected, rtol=1e-5)
+    assert torch.allclose(scores("fisher", model, site, batches, per_token=per_token).double(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
