@@ -11,6 +11,7 @@ import hf_prune
 from hf_prune.errors import PruneError, VerificationError
 from hf_prune.export import runtimes
 from hf_prune.export.runtimes import RUNTIMES, export, require_runtime
+from hf_prune.structure.inputs import example_inputs
 from tests import zoo
 
 
@@ -32,8 +33,12 @@ def needs(name):
     pytest.importorskip("transformers.exporters")
 
 
+# ExecuTorch lowers the smallest model for minutes, in several gigabytes
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "executorch" else name for name in RUNTIMES]
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_file_computes_what_the_model_does_on_other_inputs_too(tmp_path, name, family):
     needs(name)
     from transformers.exporters import ExportedModel
@@ -50,6 +55,25 @@ def test_the_file_computes_what_the_model_does_on_other_inputs_too(tmp_path, nam
         expected = model(**inputs, use_cache=False).logits if family == "llama" else model(**inputs).logits
     rows = inputs["attention_mask"].bool() if family == "llama" else slice(None)
     torch.testing.assert_close(program(**inputs).logits[rows], expected[rows], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "vit"])
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_other_families_with_sizes_that_differ_by_layer(tmp_path, name, family):
+    needs(name)
+    from transformers.exporters import ExportedModel
+
+    model = pruned(family)
+    assert model.config.hf_prune, "a stock config says its sizes"
+    assert export(model, name, tmp_path / "out", batch_size=2, length=8).max_difference <= 1e-4
+    program = ExportedModel.from_pretrained(tmp_path / "out").to(None, **RUNTIMES[name].run)
+    inputs = {key: value for key, value in example_inputs(model, batch_size=2, length=8).items() if key != "labels"}
+    inputs = {key: value.flip(0) if value.is_floating_point() else value for key, value in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))[0]
+    found = next(value for value in program(**inputs).values() if isinstance(value, torch.Tensor))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_missing_package_and_an_unknown_format_are_said_first(monkeypatch):
