@@ -1,20 +1,25 @@
 """A training in processes of its own, to be compared, killed and resumed: `torchrun … job.py OUTPUT_DIR NAME OPTIONS`.
 
 OPTIONS is JSON: `recipe`, `training` (of TrainingArguments), `model` (of the config), `resume`, and when to die: `kill_at`, the step
-that no process survives, or `kill_in`, [step, name]: the first process dies half-way through the file of that name in the checkpoint
-of that step. What training ended with is written to NAME-rankN.safetensors (weights), NAME-rankN.optimizer.pt and NAME.json.
+that no process survives; `wait_at`, the step before which all wait for a file `go`; or `kill_in`, [step, name]: the first process dies half-way through the file of that name in the checkpoint
+of that step. What training ended with is written to NAME-rankN.safetensors (weights), NAME-rankN.optimizer.pt (unless sharded),
+NAME.json, and as a checkpoint to NAME-saved.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, modeling_utils
 
+from hf_prune.apply.masks import masked_tensors
 from tests import zoo
 from tests.processes import run
 from tests.training.data import RECIPE, trainer
@@ -46,6 +51,54 @@ class KillAt(TrainerCallback):
             die()
 
 
+class WaitAt(TrainerCallback):
+    def __init__(self, step, directory, rank):
+        self.step, self.directory, self.rank = step, directory, rank
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            (self.directory / f"waits-{self.rank}").touch()
+            while not (self.directory / "go").exists():
+                time.sleep(0.1)
+
+
+class Held(TrainerCallback):
+    """At every step, what the masks say has left is zero on the whole parameters; counts the steps at which something had."""
+
+    n_steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pruner = self.trainer.pruner
+        for entry, _ in masked_tensors(pruner.model):
+            assert not entry.values(pruner._full(entry.name)).any(), (entry.name, state.global_step)
+        self.n_steps += any(True for _ in masked_tensors(pruner.model))
+
+
+def allow_fsdp_on_cpu():
+    """Accelerate takes FSDP for a matter of accelerators, and would fall back on DDP without a word."""
+    stock = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        self.fsdp_plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if self.fsdp_plugin is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def allow_deepspeed_on_cpu():
+    """And DeepSpeed: it would start as many trainings of one process each."""
+    stock = PartialState._prepare_backend
+
+    def prepare_backend(self, *args, **kwargs):
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            return "gloo", DistributedType.MULTI_CPU
+        return stock(self, *args, **kwargs)
+
+    PartialState._prepare_backend = prepare_backend
+
+
 class Optimizer(TrainerCallback):
     """Keeps the optimizer's state as it is when the last step has been made."""
 
@@ -59,8 +112,7 @@ class Optimizer(TrainerCallback):
 
 
 def die_half_way(step, name):
-    """Patch what writes files: `name` of the checkpoint of `step` is cut in half, and with it this process's life."""
-    import safetensors.torch
+    """From now on the file `name` in the checkpoint of `step` is cut in half, and with it this process's life."""
 
     def cutting(write):
         def cut(what, path, *args, **kwargs):
@@ -73,21 +125,25 @@ def die_half_way(step, name):
         return cut
 
     torch.save = cutting(torch.save)
-    safetensors.torch.save_file = cutting(safetensors.torch.save_file)
-    import transformers.modeling_utils
-
-    transformers.modeling_utils.safe_save_file = cutting(transformers.modeling_utils.safe_save_file)
+    modeling_utils.safe_save_file = cutting(modeling_utils.safe_save_file)
+    TrainerState.save_to_json = cutting(TrainerState.save_to_json)
 
 
 def main(rank, world):
     directory, name, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    kept = Optimizer()
+    training = options.get("training", {})
+    is_sharded = "fsdp" in training or "deepspeed" in training
+    allow_fsdp_on_cpu()
+    allow_deepspeed_on_cpu()
+    kept = Held() if is_sharded else Optimizer()
     callbacks = [kept]
     if "kill_at" in options:
         callbacks.append(KillAt(options["kill_at"]))
+    if "wait_at" in options:
+        callbacks.append(WaitAt(options["wait_at"], directory, rank))
     if "kill_in" in options and rank == 0:
         die_half_way(*options["kill_in"])
-    one = trainer(
+    one = kept.trainer = trainer(
         directory / options.get("run", name),
         model=zoo.build("bert", **options.get("model", {})),
         recipe=options["recipe"],
@@ -96,18 +152,22 @@ def main(rank, world):
             "num_train_epochs": 4,
             "per_device_train_batch_size": 4 // world,
             "average_tokens_across_devices": False,
-            **options.get("training", {}),
+            **training,
         },
     )
+    assert one.args.world_size == world
     one.train(resume_from_checkpoint=options.get("resume", False))
     save_file(
         {key: tensor.clone() for key, tensor in one.model.state_dict().items()},
         directory / f"{name}-rank{rank}.safetensors",
     )
-    torch.save(kept.state, directory / f"{name}-rank{rank}.optimizer.pt")
+    if not is_sharded:
+        torch.save(kept.state, directory / f"{name}-rank{rank}.optimizer.pt")
+    told = {"evaluated": one.evaluate(), "log": one.state.log_history, "report": one.pruning_report.to_dict()}
+    one.save_model(directory / f"{name}-saved")
     if rank == 0:
-        report = one.pruning_report.to_dict()
-        (directory / f"{name}.json").write_text(json.dumps({"log": one.state.log_history, "report": report}))
+        told["n_steps_held"] = getattr(kept, "n_steps", None)
+        (directory / f"{name}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
