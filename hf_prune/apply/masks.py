@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_prune.apply.parts import check_parts
+from hf_prune.apply.shards import local_part, local_slices
 from hf_prune.errors import PruneError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model
@@ -31,6 +33,7 @@ class MaskedTensor:
     dim: int = 0
     index: Tensor | None = None
     keep: Tensor | None = None
+    _local: MaskedTensor | None = field(default=None, repr=False, compare=False)  # of a sharded parameter
 
     @property
     def is_whole(self) -> bool:
@@ -39,6 +42,10 @@ class MaskedTensor:
 
     def zero_(self, tensor: Tensor) -> None:
         """Zero the removed entries of `tensor`: the parameter, its gradient, or an optimizer's moment."""
+        if isinstance(tensor, DTensor):
+            self._local = self._local or self._within(tensor)
+            self._local.zero_(tensor.to_local())
+            return
         if self.index is not None:
             if self.index.device != tensor.device:
                 self.index = self.index.to(tensor.device)
@@ -60,6 +67,15 @@ class MaskedTensor:
             values = tensor.new_empty(int(gone.sum()))
             return torch.masked_select(tensor.detach(), gone, out=values)
         return tensor.detach().clone()
+
+    def _within(self, tensor: DTensor) -> MaskedTensor:
+        """The same entries of the part of `tensor` that this process holds."""
+        return MaskedTensor(
+            self.name,
+            self.dim,
+            None if self.index is None else local_slices(tensor, self.dim, self.index),
+            None if self.keep is None else local_part(tensor, self.keep),
+        )
 
     def restore_(self, tensor: Tensor, values: Tensor) -> None:
         """Put back what `values` copied."""
@@ -107,6 +123,12 @@ def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | No
     """
     structure = structure or inspect_model(model)
     check_masks(model, masks, structure)
+    carry_masks(model, masks, structure)
+    enforce_(model)
+
+
+def carry_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
+    """`set_masks` for masks that are known to fit `structure`, on a model whose parameters may be sharded; zeroes nothing yet."""
     clear_masks(model)
     for site in structure.of("layers"):
         if site.key in masks.units:
@@ -116,7 +138,6 @@ def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | No
             router = model.get_submodule(site.router)
             router.register_forward_hook(KeptExperts(site, masks.units[site.key]), with_kwargs=True)
     model.__dict__[_ATTRIBUTE] = _Masked(masks, masked_entries(structure, masks))
-    enforce_(model)
 
 
 def masked_entries(structure: ModelStructure, masks: KeepMasks) -> list[MaskedTensor]:

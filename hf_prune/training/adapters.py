@@ -115,8 +115,7 @@ class AdaptedPruner(Pruner):
             super().__init__(self._adapters.model, optimizer, recipe, **named)
 
     def step(self) -> bool:
-        is_update = any(self.n_done + 1 in of_step for of_step in self.updates)
-        with self._adapters.plain(merged=is_update):
+        with self._adapters.plain(merged=self._is_update()):
             has_changed = super().step()
         if has_changed:
             self._adapters.mask()

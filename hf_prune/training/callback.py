@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from hf_prune.errors import RecipeError
 from hf_prune.planning import Batches, RecipeLike
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
@@ -34,6 +35,11 @@ class PruningCallback(TrainerCallback):
         self.pruning_report: PruningReport | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.recipe.schedule.shrink == "when_final" and args.world_size > 1:
+            raise RecipeError(
+                "schedule.shrink: when_final has to make DistributedDataParallel anew, which a callback doesn't get to see; write "
+                "shrink: at_end, or use PruningTrainer or PruningMixin"
+            )
         self.pruner = Pruner(
             kwargs["model"], kwargs["optimizer"], self.recipe, n_steps=state.max_steps, calibration=self.calibration
         )

@@ -87,7 +87,10 @@ def what_is_missing(
     if sharded:
         return None
     random = ["rng_state.pth"] if n_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(n_processes)]
-    for name in ("optimizer.pt", "scheduler.pt", *random) if with_optimizer else ():
+    optimizer = (
+        "optimizer.bin" if "optimizer.bin" in names else "optimizer.pt"
+    )  # FSDP's, gathered, and everybody else's
+    for name in (optimizer, "scheduler.pt", *random) if with_optimizer else ():
         # the archive's directory is at its end
         if name not in names or not zipfile.is_zipfile(folder / name):
             return f"{name} is not there or cut short"

@@ -107,8 +107,7 @@ class Pruner:
                 "the recipe's `distillation` changes the loss, which only PruningTrainer and PruningMixin compute; take one of "
                 "them, or drop the section"
             )
-        if self.recipe.schedule.shrink == "when_final":
-            require_whole(model)
+        require_whole(model, self.recipe)
         self.calibration, self.inputs = calibration, inputs
         self.n_done = 0
         self.is_shrunk = is_shrunk
@@ -151,9 +150,10 @@ class Pruner:
         """
         if self._accumulation is not None and not self._accumulation.sync_gradients:
             return False
+        is_update = self._is_update()
         self.n_done += 1
-        if self.is_shrunk or not any(self.n_done in of_step for of_step in self.updates):
-            enforce_(self.model)
+        if not is_update:
+            self._enforce()
             self._rewinding.look(self.n_done, self.model)
             self._pace.lap(time.perf_counter(), "shrunk" if self.is_shrunk else "masked")
             return False
@@ -346,6 +346,13 @@ class Pruner:
     def _kinds(self) -> list[str]:
         """What the recipe's steps remove: targets, and parts of layers."""
         return [kind_of(step.target, step.part) for step in self.recipe.prune]
+
+    def _is_update(self) -> bool:
+        """Whether masks grow with the next step."""
+        return not self.is_shrunk and any(self.n_done + 1 in of_step for of_step in self.updates)
+
+    def _enforce(self) -> None:
+        enforce_(self.model)
 
     def _progress(self, of_step: dict[int, float]) -> float:
         return max((progress for step, progress in of_step.items() if step <= self.n_done), default=0.0)

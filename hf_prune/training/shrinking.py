@@ -112,8 +112,8 @@ def resize_(model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: Pru
         following.follow_()
 
 
-def require_whole(wrapped: nn.Module) -> None:
-    """Refuse to shrink in the middle of training what no process has whole.
+def require_whole(wrapped: nn.Module, recipe: Recipe) -> None:
+    """Refuse a model that no process has whole.
 
     Raises:
         RecipeError: with the remedy.
@@ -121,9 +121,15 @@ def require_whole(wrapped: nn.Module) -> None:
     engine = any(
         type(module).__name__ in ("DeepSpeedEngine", "FullyShardedDataParallel") for module in wrapped.modules()
     )
-    sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in wrapped.parameters())
+    sharded = any(
+        isinstance(p, DTensor) or hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in wrapped.parameters()
+    )
     if engine or sharded:
-        raise RecipeError(SHARDED)
+        raise RecipeError(
+            SHARDED
+            if recipe.schedule.shrink == "when_final"
+            else "under FSDP and DeepSpeed no process holds whole parameters, which Pruner needs; use PruningTrainer or PruningMixin"
+        )
 
 
 SHARDED = (

@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,11 @@ from hf_prune.training.checkpoints import begin_checkpoint, last_complete, witho
 from hf_prune.training.distillation import Distiller, copy_of, save_teacher
 from hf_prune.training.pruner import Pruner, require_known_parameters, unwrap
 from hf_prune.training.schedule import first_step
-from hf_prune.training.shrinking import SHARDED, require_comparable_layers, resize_
+from hf_prune.training.sharding import ShardedPruner, require_shardable, skeleton_of
+from hf_prune.training.shrinking import require_comparable_layers, resize_
 from hf_prune.training.state import PLAIN as STATE
 from hf_prune.training.state import load_state, require_same_recipe, save_state
+from hf_prune.training.zero import ZeroPruner
 
 
 if TYPE_CHECKING:
@@ -81,14 +84,11 @@ class PruningMixin(_Base):
         if self.recipe is not None:
             require_known_parameters(self.recipe)
         super().__init__(*args, **kwargs)
-        if (
-            self.recipe is not None
-            and self.recipe.schedule.shrink == "when_final"
-            and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        ):
-            raise RecipeError(SHARDED)
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.recipe is not None:
             require_comparable_layers(self.recipe)
+            if self._is_sharded:
+                require_shardable(self.recipe, self.model)
         self.calibration_dataset = calibration_dataset
         self.pruner: Pruner | None = None
         self.pruning_report: PruningReport | None = None
@@ -97,6 +97,7 @@ class PruningMixin(_Base):
         self._is_resized = False  # to the shapes of the checkpoint that it resumes from
         self._dense: nn.Module | None = None  # before that, for a teacher
         self._begun_on: nn.Module | None = None  # what `pruner` was made for
+        self._skeleton: nn.Module | None = None  # of what is sharded
         self._finished: nn.Module | None = None
         self.teacher_model = teacher_model
         self._distiller: Distiller | None = None
@@ -109,13 +110,19 @@ class PruningMixin(_Base):
         if self.recipe is not None and (Path(resume_from_checkpoint) / STATE).is_file():
             self._shrink_as_in(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.recipe is not None:
+        if self.recipe is not None and not self._is_sharded:
             load_renamed_(unwrap(self.model), resume_from_checkpoint)
-        self._resumed_from = resume_from_checkpoint
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self.recipe is not None:
+            self._resumed_from = resume_from_checkpoint
+            if self._is_sharded and self._skeleton is None:
+                self._skeleton = skeleton_of(self.model)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.recipe is not None and self.state.best_model_checkpoint is not None:
+        if self.recipe is not None and self.state.best_model_checkpoint is not None and not self._is_sharded:
             load_renamed_(unwrap(self.model), self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -131,6 +138,16 @@ class PruningMixin(_Base):
     def _save(self, *args: Any, **kwargs: Any) -> None:
         with self._without_token():
             super()._save(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not (self._is_sharded and self.model is self._finished):
+            super().save_model(output_dir, _internal_call)
+            return
+        # whole on each process, and FSDP's and DeepSpeed's own ways would look for parts
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -237,7 +254,10 @@ class PruningMixin(_Base):
         if self._begun_on is not unwrap(self.model):
             # another model: the next trial of a search, which has let go of the last one's
             begun, self._begun_on, self._finished = None, unwrap(self.model), None
-        self.pruner = Pruner(
+        make: Any = Pruner
+        if self._skeleton is not None:
+            make = partial(ZeroPruner if self.is_deepspeed_enabled else ShardedPruner, skeleton=self._skeleton)
+        self.pruner = make(
             self.model_wrapped,
             self.optimizer,
             self.recipe,
@@ -304,7 +324,7 @@ class PruningMixin(_Base):
         model = self.pruner.model
         if self.recipe.distillation is None:
             return
-        if self.teacher_model is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.teacher_model is None and self._is_sharded:
             raise RecipeError(
                 "distillation without a teacher_model copies the model, and no process has the whole of it under FSDP or "
                 "DeepSpeed; pass teacher_model=, loaded anew"

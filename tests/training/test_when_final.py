@@ -1,10 +1,12 @@
 """`schedule.shrink: when_final`: the run goes on as the masked one, on a smaller model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from hf_prune import Pruner, PruningTrainer
+from hf_prune import Pruner, PruningCallback, PruningTrainer
 from hf_prune.apply.masks import masked_tensors
 from hf_prune.errors import RecipeError, VerificationError
 from hf_prune.structure.inputs import example_inputs
@@ -204,3 +206,9 @@ def test_resuming_with_a_teacher_that_is_the_dense_model(tmp_path):
     rest = trainer(tmp_path / "rest", **options)
     rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-16"))
     assert weights_equal(rest.model, whole.model)
+
+
+def test_a_callback_on_several_processes_refuses_it():
+    callback = PruningCallback(recipe("when_final"))
+    with pytest.raises(RecipeError, match="write shrink: at_end, or use PruningTrainer"):
+        callback.on_train_begin(SimpleNamespace(world_size=2), None, None)
