@@ -37,6 +37,7 @@ def run(
     hf-prune run my.yaml --smoke
     hf-prune run user/model output.dir=outputs/mine
     torchrun --nproc_per_node 2 -m hf_prune run my.yaml
+    accelerate launch --multi_gpu --num_processes 2 -m hf_prune run my.yaml
     ```
     """
     from hf_prune.recipe import Recipe
