@@ -1,9 +1,9 @@
 """A training in processes of its own, to be compared, killed and resumed: `torchrun … job.py OUTPUT_DIR NAME OPTIONS`.
 
 OPTIONS is JSON: `recipe`, `training` (of TrainingArguments), `model` (of the config), `resume`, and when to die: `kill_at`, the step
-that no process survives; `wait_at`, the step before which all wait for a file `go`; or `kill_in`, [step, name]: the first process dies half-way through the file of that name in the checkpoint
-of that step. What training ended with is written to NAME-rankN.safetensors (weights), NAME-rankN.optimizer.pt (unless sharded),
-NAME.json, and as a checkpoint to NAME-saved.
+that no process survives, or `kill_in`, [step, name]: the first process dies half-way through the file of that name in the checkpoint
+of that step. Before the step `wait_at` all wait for a file `go`. What training ended with is written to NAME-rankN.safetensors (weights),
+NAME-rankN.optimizer.pt (unless sharded), NAME.json, and as a checkpoint to NAME-saved.
 """
 
 import json
@@ -88,7 +88,8 @@ def allow_fsdp_on_cpu():
 
 
 def allow_deepspeed_on_cpu():
-    """And DeepSpeed: it would start as many trainings of one process each."""
+    """And DeepSpeed: it would start as many trainings of one process each, or none where it is told to take the CPU."""
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     stock = PartialState._prepare_backend
 
     def prepare_backend(self, *args, **kwargs):
@@ -134,7 +135,8 @@ def main(rank, world):
     training = options.get("training", {})
     is_sharded = "fsdp" in training or "deepspeed" in training
     allow_fsdp_on_cpu()
-    allow_deepspeed_on_cpu()
+    if "deepspeed" in training:
+        allow_deepspeed_on_cpu()
     kept = Held() if is_sharded else Optimizer()
     callbacks = [kept]
     if "kill_at" in options:

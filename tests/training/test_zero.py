@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests.processes import attempt
-from tests.training.job import NO_DROPOUT  # noqa: F401
 from tests.training.test_fsdp import JOB, OPTIONS, RECIPE, alike, require_equal, require_whole_checkpoint, trained
 
 
