@@ -173,12 +173,12 @@ def turning(*angles):
     model = zoo.build("llama", torch.float64, num_hidden_layers=len(angles))
     for layer, angle in zip(model.model.layers, angles, strict=True):
 
-        def turn(module, args, output, angle=angle * math.pi):
-            even, odd = args[0][..., ::2], args[0][..., 1::2]
+        def turn(hidden_states, *, angle=angle * math.pi, **rest):
+            even, odd = hidden_states[..., ::2], hidden_states[..., 1::2]
             turned = even * math.cos(angle) - odd * math.sin(angle), even * math.sin(angle) + odd * math.cos(angle)
             return torch.stack(turned, -1).flatten(-2)
 
-        layer.register_forward_hook(turn)
+        layer.forward = turn
     (site,) = inspect_model(model).of("layers")
     return model, site
 
@@ -354,14 +354,10 @@ def test_greedy_differs_from_one_shot_where_layers_stand_in_for_each_other():
     model = zoo.build("llama", torch.float64, num_hidden_layers=4)
     layers = model.model.layers
     with torch.no_grad():
-        # 1 and 2 undo each other: alone each does harm, together they do nothing
-        for layer in (layers[1], layers[2]):
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
         layers[0].self_attn.o_proj.weight.mul_(0.01)
         layers[0].mlp.down_proj.weight.mul_(0.01)
-    layers[1].register_forward_hook(lambda module, args, output: output.flip(-1))
-    layers[2].register_forward_hook(lambda module, args, output: output.flip(-1))
+    for layer in layers[1:3]:  # they undo each other: alone each does harm, together they do nothing
+        layer.forward = lambda hidden_states, **rest: hidden_states.flip(-1)
     batches = labelled("llama")
     site, greedy = ranked(model, batches, 2)
     losses = {pair: measured_loss(model, site, pair, batches) for pair in itertools.permutations(range(4), 2)}

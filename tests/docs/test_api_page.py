@@ -19,7 +19,16 @@ NAMES = [name for name in hf_prune.__all__ if name != "__version__"]
 # what takes anything that its annotation allows
 NEVER_FAILS = {"inspect_model", "PruningReport.attach_", "PruningReport.from_dict", "PruningReport.print_to"}
 # extended by us as Trainer calls it, and documented there
-OF_TRAINER = {"train", "evaluate", "log", "compute_loss", "on_train_begin", "on_optimizer_step", "on_train_end"}
+OF_TRAINER = {
+    "train",
+    "evaluate",
+    "log",
+    "compute_loss",
+    "save_model",
+    "on_train_begin",
+    "on_optimizer_step",
+    "on_train_end",
+}
 
 
 @cache

@@ -78,6 +78,11 @@ def test_commands(command, stage, request):
         assert os.access(path, os.X_OK)
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
         return
+    if command.startswith("python -m pytest "):
+        assert all((ROOT / argument).is_file() for argument in arguments[2:])  # what CI runs, or all with --full
+        return
+    if command.endswith("--no-build-isolation deepspeed"):
+        return  # minutes of compiling: those tests skip without it
     if command == "pip install .":
         assert (ROOT / "pyproject.toml").exists()  # the test of the wheel installs it
         return
@@ -98,7 +103,9 @@ def test_commands(command, stage, request):
         assert done.returncode == 0, done.stderr
         return
     assert program == "hf-prune", f"no test runs {command!r}: teach this one to"
-    arguments += SHORTER.get(command, SHORTER["hf-prune run recipes/quickstart.yaml"] if arguments[0] == "run" else [])
+    arguments += SHORTER.get(
+        command, SHORTER["hf-prune run recipes/quickstart.yaml"] if "minilm-half" in command else []
+    )
     environment = {}
     if arguments[0] in ("report", "push"):
         stage.save_pruned("outputs/quickstart")
