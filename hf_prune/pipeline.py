@@ -44,10 +44,10 @@ def apply_(model: nn.Module, plan: PruningPlan) -> None:
 def _apply(model: nn.Module, plan: PruningPlan, put_: Callable[[nn.Module, dict[str, Tensor]], None]) -> None:
     plan.require_model(model)
     require_fitting(model, plan.replacements, plan.added)
-    masks = masks_of(model) & plan.masks
-    check_masks(model, masks, inspect_model(model))
+    masks, structure = masks_of(model) & plan.masks, inspect_model(model)
+    check_masks(model, masks, structure)
     put_(model, plan.replacements)
-    set_masks(model, masks)
+    set_masks(model, masks, inspect_model(model) if plan.added else structure)  # new biases are parameters of sites
 
 
 def shrink_(model: nn.Module) -> ShrinkRecord:
