@@ -58,7 +58,7 @@ def test_the_file_computes_what_the_model_does_on_other_inputs_too(tmp_path, nam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt2", "vit"])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "vit", "whisper"])
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_other_families_with_sizes_that_differ_by_layer(tmp_path, name, family):
     needs(name)
