@@ -62,6 +62,12 @@ def take(calibration: Iterable[Mapping[str, Any]] | None, samples: int | None = 
     return taken
 
 
+def at_most(batches: Sequence[Mapping[str, Any]], samples: int | None) -> list[Inputs]:
+    """The first `samples` samples of what was taken already, or all there are."""
+    n_given = sum(n_samples(batch, index) for index, batch in enumerate(batches))
+    return take(batches, None if samples is None else min(samples, n_given))
+
+
 def n_samples(inputs: Mapping[str, Any], index: int = 0) -> int:
     """B: the leading dimension of the ids where there are any, else of the first tensor.
 

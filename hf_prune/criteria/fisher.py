@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_prune.calibration.statistics import SQUARED_GATE_GRADIENTS, SQUARED_TOKEN_GATES, Statistics
 from hf_prune.criteria.base import no_weights
+from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -21,10 +22,17 @@ class Fisher:
     Args:
         per_token: a gate for each position of a sample, in place of the paper's one for all; the sum then has as many terms
             as there are positions, so that it takes fewer samples to tell units apart.
+        samples: on how many calibration samples to measure, the first; all if None. Backward passes are most of what
+            pruning by this criterion costs.
     """
 
     per_token: bool = False
+    samples: int | None = None
     loss_units: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise RecipeError(f"samples of criterion fisher is {self.samples}; expected at least 1")
 
     def needs(self, target: Target) -> frozenset[str]:
         return frozenset({SQUARED_TOKEN_GATES if self.per_token else SQUARED_GATE_GRADIENTS})

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.batches import Batch, dealt, n_samples, take
+from hf_prune.calibration.batches import Batch, at_most, dealt
 from hf_prune.calibration.behind import loss_behind, loss_of, mean_losses, through
 from hf_prune.calibration.blocks import Chain, record_chain
 from hf_prune.calibration.collect import evaluation
@@ -78,8 +78,7 @@ class LossChange:
             CalibrationError: there is no loss, or it is not finite.
             RecipeError: a layer is called several times.
         """
-        n_given = sum(n_samples(batch, index) for index, batch in enumerate(batches))
-        chosen = take(batches, min(self.samples, n_given))
+        chosen = at_most(batches, self.samples)
         scores = {}
         with evaluation(model, seed), torch.no_grad():
             mine = [with_labels(model, batch) for batch in dealt(chosen, next(model.parameters()).device)]

@@ -16,7 +16,7 @@ from hf_prune.allocation.room import Allocate, Look
 from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.present import dropped_modules, is_inside, present_entries, units_there
 from hf_prune.calibration import collect
-from hf_prune.calibration.batches import first_sample, to_device
+from hf_prune.calibration.batches import at_most, first_sample, to_device
 from hf_prune.calibration.statistics import NEEDS_OF_READS, NEEDS_OF_TRAINING, Statistics
 from hf_prune.checkpoint import allowed_sizes
 from hf_prune.criteria import get as get_criterion
@@ -234,7 +234,10 @@ class StepPlanner:
         model, statistics = self.model, Statistics()
         if of_data:
             model = self._as_left()
-            statistics = collect(model, self._require_batches(), of_data, sites, seed=self.recipe.seed)
+            # an allocation that looks too looks at all
+            samples = None if self.allocation else getattr(self.criterion, "samples", None)
+            batches = at_most(self._require_batches(), samples)
+            statistics = collect(model, batches, of_data, sites, seed=self.recipe.seed)
         if needs & NEEDS_OF_TRAINING:
             statistics.movement = self._require_movement(sites)
         self.looked = model, statistics

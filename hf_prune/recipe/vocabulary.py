@@ -39,7 +39,9 @@ CRITERIA = {
     "activation": CriterionEntry("activation", "Activation", targets=UNITS),
     "fluctuation": CriterionEntry("fluctuation", "Fluctuation", targets=UNITS - {"layers", "experts"}),
     "apoz": CriterionEntry("apoz", "Apoz", targets=frozenset({"ffn_neurons"})),
-    "fisher": CriterionEntry("fisher", "Fisher", targets=UNITS - {"experts"}, options={"per_token": "boolean"}),
+    "fisher": CriterionEntry(
+        "fisher", "Fisher", targets=UNITS - {"experts"}, options={"per_token": "boolean", "samples": "integer"}
+    ),
     "loss_change": CriterionEntry(
         "loss_change",
         "LossChange",

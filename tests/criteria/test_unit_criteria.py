@@ -58,6 +58,25 @@ def test_fisher_is_the_squared_gate_gradient_sample_by_sample_or_token_by_token(
     assert torch.allclose(scores("fisher", model, site, batches, per_token=per_token).double(), expected, rtol=1e-5)
 
 
+def test_fisher_looks_at_the_first_samples_alone():
+    model = zoo.build("bert")
+    batches = labelled("bert", n_batches=3, size=3)
+    step = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": {"name": "fisher", "samples": 4}}
+    n_seen = []
+    handle = model.bert.encoder.layer[0].register_forward_pre_hook(lambda module, args: n_seen.append(len(args[0])))
+    some = make_plan(model, {"version": 1, "prune": [step]}, calibration=batches)
+    handle.remove()
+    assert sum(n_seen) == 4
+    first = [batches[0], {key: value[:1] for key, value in batches[1].items()}]
+    plans = [
+        make_plan(model, {"version": 1, "prune": [step | {"criterion": "fisher"}]}, calibration=each)
+        for each in (first, batches)
+    ]
+    assert some.masks == plans[0].masks != plans[1].masks
+    with pytest.raises(RecipeError, match="samples of criterion fisher is 0; expected at least 1"):
+        get("fisher", {"samples": 0})
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_fisher_of_layers_is_the_gate_on_what_a_layer_adds(per_token):
     model = zoo.build("bert", torch.float64)
