@@ -55,7 +55,8 @@ def arguments(directory, **options):
 
 
 def trainer(directory, recipe=RECIPE, kind=PruningTrainer, model=None, **options):
-    named = {name: options.pop(name) for name in ("callbacks", "optimizers", "calibration_dataset") if name in options}
+    passed = ("callbacks", "optimizers", "calibration_dataset", "teacher_model")
+    named = {name: options.pop(name) for name in passed if name in options}
     if kind is PruningTrainer or recipe is not None:
         named["recipe"] = recipe
     return kind(

@@ -1,6 +1,6 @@
 """A training in processes of its own, to be compared, killed and resumed: `torchrun … job.py OUTPUT_DIR NAME OPTIONS`.
 
-OPTIONS is JSON: `recipe`, `training` (of TrainingArguments), `model` (of the config), `resume`, and when to die: `kill_at`, the step
+OPTIONS is JSON: `recipe`, `training` (of TrainingArguments), `model` (of the config), `teacher` (its seed), `resume`, and when to die: `kill_at`, the step
 that no process survives, or `kill_in`, [step, name]: the first process dies half-way through the file of that name in the checkpoint
 of that step. Before the step `wait_at` all wait for a file `go`. What training ended with is written to NAME-rankN.safetensors (weights),
 NAME-rankN.optimizer.pt (unless sharded), NAME.json, and as a checkpoint to NAME-saved.
@@ -150,6 +150,7 @@ def main(rank, world):
         model=zoo.build("bert", **options.get("model", {})),
         recipe=options["recipe"],
         callbacks=callbacks,
+        teacher_model=zoo.build("bert", seed=options["teacher"]) if "teacher" in options else None,
         **{
             "num_train_epochs": 4,
             "per_device_train_batch_size": 4 // world,

@@ -23,6 +23,22 @@ OPTIONS = {
     "training": {"num_train_epochs": 2, "max_grad_norm": 0.1, "save_strategy": "steps", "save_steps": 6},
 }
 
+# what gives weights new values at an update, beside a teacher's loss and by itself
+ONE_SHOT = {**RECIPE, "schedule": {"name": "one_shot", "begin": 0.1}}
+NEURONS = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": "activation", "compensation": "least_squares"}
+SPARSEGPT = {"target": "weights", "sparsity": 0.4, "criterion": {"name": "sparsegpt", "dense_target": True}}
+UPDATED = {
+    "repaired and distilled": {
+        "recipe": {
+            **ONE_SHOT,
+            "prune": [NEURONS],
+            "distillation": {"temperature": 2.0, "weight": 0.5, "hidden_states": 0.1},
+        },
+        "teacher": 5,
+    },
+    "sparsegpt": {"recipe": {**ONE_SHOT, "prune": [SPARSEGPT]}},
+}
+
 
 def trained(directory, name, n_processes, sharded=None, **options):
     """What it told, and what each process ended with."""
@@ -49,6 +65,35 @@ def test_it_ends_where_one_process_does(tmp_path):
         require_whole_checkpoint(folder, alone_at=tmp_path / "alone" / f"checkpoint-{step}")
         _, resumed = trained(tmp_path, f"from-{step}", 2, SHARDED, resume=str(folder))
         assert alike(resumed[0], first) and alike(resumed[1], first), step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", UPDATED)
+def test_with_new_values_it_ends_where_whole_copies_do(tmp_path, how):
+    require_updated_alike(tmp_path, SHARDED, UPDATED[how])
+
+
+def require_updated_alike(directory, sharded, options):
+    """As DistributedDataParallel on as many processes: sums of another order would turn a near-tie of sparsegpt round."""
+    told, (first, second) = trained(directory, "sharded", 2, sharded, **options)
+    expected, (whole, _) = trained(directory, "whole", 2, **options)
+    assert alike(first, second) and told["report"]["sparsity"] == expected["report"]["sparsity"]
+    for name, weight in first.items():
+        assert torch.equal(weight == 0, whole[name] == 0), name
+        assert torch.allclose(weight, whole[name], atol=1e-4), name
+    losses = [[entry["loss"] for entry in each["log"] if "loss" in entry] for each in (told, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_in_mixed_precision_it_reaches_and_holds_the_sparsity(tmp_path):
+    told, (first, second) = trained(tmp_path, "sharded", 2, SHARDED, training={"bf16": True})
+    expected, _ = trained(tmp_path, "alone", 1)
+    assert alike(first, second) and told["n_steps_held"] == 12
+    assert told["report"]["sparsity"] == expected["report"]["sparsity"]
+    assert {weight.dtype for weight in first.values()} == {torch.float32}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sharded-saved")
+    assert alike(loaded.state_dict(), first)
 
 
 def require_equal(directory, told, first, second, expected, alone):

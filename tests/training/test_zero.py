@@ -5,7 +5,17 @@ import json
 import pytest
 
 from tests.processes import attempt
-from tests.training.test_fsdp import JOB, OPTIONS, RECIPE, alike, require_equal, require_whole_checkpoint, trained
+from tests.training.test_fsdp import (
+    JOB,
+    OPTIONS,
+    RECIPE,
+    UPDATED,
+    alike,
+    require_equal,
+    require_updated_alike,
+    require_whole_checkpoint,
+    trained,
+)
 
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed; docs/training.md says how")
@@ -39,6 +49,12 @@ def test_it_ends_where_one_process_does(tmp_path, stage):
         require_whole_checkpoint(folder, alone_at=tmp_path / "alone" / f"checkpoint-{step}")
     _, resumed = trained(tmp_path, "from-6", 2, sharded(stage), resume=str(tmp_path / "sharded" / "checkpoint-6"))
     assert alike(resumed[0], first) and alike(resumed[1], first)
+
+
+@pytest.mark.parametrize("how", UPDATED)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_with_new_values_it_ends_where_whole_copies_do(tmp_path, stage, how):
+    require_updated_alike(tmp_path, sharded(stage), UPDATED[how])
 
 
 def test_what_needs_whole_parameters_is_refused_at_the_start(tmp_path):
