@@ -21,6 +21,7 @@ from hf_prune.apply.replace import add_bias_, remove_biases_
 from hf_prune.calibration.batches import dealt
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
+from hf_prune.calibration.memory import give_back
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
@@ -212,6 +213,7 @@ class _StackRepair:
                     new = self._refit(scratch, junction, targets[junction], current, position, going)
                     self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
                 going.finish()
+            give_back()  # what waited in the block
 
     def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]

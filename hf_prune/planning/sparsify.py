@@ -20,6 +20,7 @@ from hf_prune.apply.masks import masked_entries
 from hf_prune.calibration.batches import Batch, dealt, without_logits
 from hf_prune.calibration.blocks import Chain, Place, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
+from hf_prune.calibration.memory import give_back
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
@@ -104,6 +105,7 @@ def sparsify(
                     scratch = masked_copy(model, structure, masks, block, replacements)
                     reference = None if dense is None else _Reference(live, dense, position)
                     _prune_block(scratch, chain, position, reference, inside, there, prune, done, len(batches))
+                    give_back()  # what waited in the block
                 elif dense is not None:
                     dense.run_(position, live)
             replaced[blocks[-1]] = chain.hidden

@@ -97,7 +97,8 @@ class PruningMixin(_Base):
         self._is_resized = False  # to the shapes of the checkpoint that it resumes from
         self._dense: nn.Module | None = None  # before that, for a teacher
         self._begun_on: nn.Module | None = None  # what `pruner` was made for
-        self._skeleton: nn.Module | None = None  # of what is sharded
+        self._skeleton: nn.Module | None = None  # of what is sharded,
+        self._sharded_from: nn.Module | None = None  # which was this one
         self._finished: nn.Module | None = None
         self.teacher_model = teacher_model
         self._distiller: Distiller | None = None
@@ -116,8 +117,10 @@ class PruningMixin(_Base):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if self.recipe is not None:
             self._resumed_from = resume_from_checkpoint
-            if self._is_sharded and self._skeleton is None:
-                self._skeleton = skeleton_of(self.model)
+            if (
+                self._is_sharded and self._sharded_from is not self.model
+            ):  # the first, or that of a search's next trial
+                self._skeleton, self._sharded_from = skeleton_of(self.model), self.model
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

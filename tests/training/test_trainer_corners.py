@@ -343,3 +343,17 @@ def test_never_shrinking_says_that_masked_layers_come_back_on_loading(tmp_path):
     run.train()
     assert len(run.model.bert.encoder.layer) == 3
     assert any("masked layer" in note and "shrink_" in note for note in run.pruning_report.to_dict()["notes"])
+
+
+def test_what_is_sharded_has_the_structure_of_the_model_that_a_search_tries_now(tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+    run._is_sharded = True
+    monkeypatch.setattr(Trainer, "_prepare_for_training", lambda *args: None)
+    run._prepare_for_training(1, None, None)
+    first = run._skeleton
+    assert all(parameter.is_meta for parameter in first.parameters())
+    run._prepare_for_training(1, None, None)  # anew, with a smaller batch: the model may be wrapped by now
+    assert run._skeleton is first
+    run.model = zoo.build("bert", num_hidden_layers=2)
+    run._prepare_for_training(1, None, None)
+    assert len(run._skeleton.bert.encoder.layer) == 2 < len(first.bert.encoder.layer)
