@@ -18,6 +18,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from hf_prune.calibration.blocks import Chain, Place, Stop, watch
+from hf_prune.calibration.memory import give_back
 from hf_prune.errors import UnsupportedModelError
 
 
@@ -73,6 +74,9 @@ def walk(chain: Chain, position: int, block: nn.Module, places: Iterable[Place])
     return _Anew(chain, position, block) if chain.hidden.is_on_disk else _Paused(chain, position, block, places)
 
 
+GIVE_BACK_EVERY = 16  # calls that go on: what they let go of lies between what those that wait hold
+
+
 class _Paused(Walk):
     """Held meanwhile: of each batch what its call has alive where it waits, and what passed a place that is asked for later."""
 
@@ -113,6 +117,8 @@ class _Paused(Walk):
     def _resume(self, run: greenlet, number: int) -> bool:
         """To the next place (True), or to the end."""
         passed = run.switch(number)
+        if number % GIVE_BACK_EVERY == GIVE_BACK_EVERY - 1:
+            give_back()
         if passed is None:
             return False
         place, tensor = passed

@@ -40,21 +40,29 @@ class Distiller:
         options: of the recipe.
         student: the model in training, not wrapped.
         teacher: another model with the same logits; it is frozen.
+        skeleton: what the student's layers are found in where it is sharded; else they are in itself.
 
     Raises:
         RecipeError: the teacher doesn't fit the student.
     """
 
-    def __init__(self, options: Distillation, student: nn.Module, teacher: nn.Module):
+    def __init__(
+        self, options: Distillation, student: nn.Module, teacher: nn.Module, skeleton: nn.Module | None = None
+    ):
         if teacher is student:
             raise RecipeError("teacher_model is the model in training itself; give another one, or none for a copy")
+        if any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
+            raise RecipeError(
+                "teacher_model was loaded in parts, as Transformers loads every model once DeepSpeed's ZeRO-3 is configured, and "
+                "nobody puts a teacher's together; load it before TrainingArguments are made"
+            )
         self.options = options
         self.teacher = teacher.eval().requires_grad_(False)
         self.teacher.to(next(student.parameters()).device)
         self._shifts = predicts_next_token(student)
         self._stacks: list[_Stack] = []
         if options.hidden_states:
-            self._stacks = _paired_stacks(student, teacher)
+            self._stacks = _paired_stacks(student, teacher, skeleton or student)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -232,8 +240,8 @@ def _recording(stacks: list[_Stack], of: str) -> Iterator[None]:
             hook.remove()
 
 
-def _paired_stacks(student: nn.Module, teacher: nn.Module) -> list[_Stack]:
-    ours, theirs = inspect_model(student).of("layers"), inspect_model(teacher).of("layers")
+def _paired_stacks(student: nn.Module, teacher: nn.Module, skeleton: nn.Module) -> list[_Stack]:
+    ours, theirs = inspect_model(skeleton).of("layers"), inspect_model(teacher).of("layers")
     sizes = [{site.key: site.n_units for site in sites} for sites in (ours, theirs)]
     if not sizes[0] or sizes[0] != sizes[1]:
         raise RecipeError(

@@ -345,7 +345,7 @@ class PruningMixin(_Base):
     def _distill_from(self, teacher: nn.Module, *, measure: bool = True) -> None:
         """Distill from now on; the teacher's own metrics are logged where there is an evaluation, as `teacher_…`."""
         assert self.recipe is not None and self.recipe.distillation is not None and self.pruner is not None
-        self._distiller = Distiller(self.recipe.distillation, self.pruner.model, teacher)
+        self._distiller = Distiller(self.recipe.distillation, self.pruner.model, teacher, self._skeleton)
         if not measure or self.eval_dataset is None or self.args.eval_strategy == "no":
             return
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}

@@ -374,3 +374,11 @@ def test_evaluation_is_of_the_task_alone(tmp_path):
         batch = {name: torch.stack([test[n][name] for n in range(len(test))]) for name in test[0]}
         expected = float(run.model.eval()(**batch).loss)
     assert run.state.log_history[-2]["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_teacher_in_parts_is_refused(tmp_path):
+    teacher = zoo.build("bert", seed=5)
+    next(teacher.parameters()).ds_id = 0  # as DeepSpeed's ZeRO-3 marks what it has taken apart
+    run = trainer(tmp_path, recipe=DISTILLS, teacher_model=teacher)
+    with pytest.raises(RecipeError, match="load it before TrainingArguments are made"):
+        run.train()
