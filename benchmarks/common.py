@@ -34,6 +34,7 @@ WINDOWS, EVALUATION = "windows.safetensors", "evaluation/"
 # what a method is asked for -> the page's heading; the rows below one heading compare
 WEIGHTS, N_OF_M, STRUCTURED = "50 % of the weights", "2:4", "20 % of the parameters, structured"
 TENTH_OF_LAYERS, FIFTH_OF_LAYERS = "10 % of the layers", "20 % of the layers"
+TRIED = "20 % of the parameters, what else was tried"
 Batches = list[dict[str, torch.Tensor]]
 # prune(method, model, calibration) -> the pruned model
 Prune = Callable[[str, PreTrainedModel, Batches], torch.nn.Module]

@@ -1,6 +1,6 @@
 """docs/benchmarks.md from the figures of quality.py and rivals.py.
 
-python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/rivals.json
+python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/rivals.json --tried benchmarks/results/tried.json
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ HEADINGS = (common.WEIGHTS, common.N_OF_M, common.STRUCTURED, common.TENTH_OF_LA
 TEXT = """# Benchmarks
 
 What one-shot pruning costs a small language model, SmolLM2-135M-Instruct: hf_prune beside other tools, from the same weights, on
-the same token windows. This page is written by its third command from the figures of the others, which are in
+the same token windows. This page is written by its last command from the figures of the others, which are in
 [benchmarks/results](../benchmarks/results).
 
 ```bash
 python benchmarks/quality.py --inputs outputs/benchmark --json benchmarks/results/quality.json
 python benchmarks/rivals.py --inputs outputs/benchmark --json benchmarks/results/rivals.json
-python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/rivals.json
+python benchmarks/quality.py --windows 64 --inputs outputs/benchmark-64 --json benchmarks/results/tried.json tried
+python benchmarks/page.py benchmarks/results/quality.json benchmarks/results/rivals.json --tried benchmarks/results/tried.json
 ```
 
 The second runs in an environment of its own; [its head](../benchmarks/rivals.py) says what to install.
@@ -39,18 +40,27 @@ The second runs in an environment of its own; [its head](../benchmarks/rivals.py
 - CPU seconds are user and system time of the pruning alone, with what a tool checks by itself (hf_prune compares the smaller model with
   the masked one), without loading and evaluating. Peak memory is of a process that does nothing else, until it has pruned.
 """
+TRIED = """## What else was tried for 20 % of the parameters
+
+On {windows} windows of calibration, so that these rows compare with each other only. All are hf_prune's, each with its repair.
+
+{table}"""
 SMOKE = 32  # windows of calibration
 
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSON files of one model and the same windows.", exists=True)],
+    tried: Annotated[
+        Path | None, typer.Option(help="JSON file of another run, on windows of its own.", exists=True)
+    ] = None,
     to: Annotated[Path, typer.Option(help="The page.")] = PAGE,
 ) -> None:
     """Write the page."""
-    to.write_text(page([json.loads(file.read_text(encoding="utf-8")) for file in files]), encoding="utf-8")
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    to.write_text(page(runs, tried and json.loads(tried.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
-def page(runs: list[dict]) -> str:
+def page(runs: list[dict], tried: dict | None = None) -> str:
     if differing := [run for run in runs if run["inputs"] != runs[0]["inputs"]]:
         raise SystemExit(
             f"runs on other inputs don't compare: {runs[0]['inputs'][:12]} and {differing[0]['inputs'][:12]}; "
@@ -70,6 +80,10 @@ def page(runs: list[dict]) -> str:
         for heading, lines in tables.items()
         if lines
     ]
+    if tried:
+        header, _, *lines = common.cells(tried["rows"])
+        names += [f"- {name}: `{json.dumps(row['steps'])}`" for name, row in tried["rows"].items() if "steps" in row]
+        parts += [TRIED.format(windows=tried["windows"]["calibration"], table=_table(header, lines))]
     parts += ["## Recipes\n\nThe steps of hf_prune's methods:\n\n" + "\n".join(names) + "\n"]
     return "\n".join(parts)
 

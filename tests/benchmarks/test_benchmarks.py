@@ -184,10 +184,30 @@ def test_few_windows_are_called_a_smoke_run(scripts):
 
 
 def test_the_page_is_that_of_its_figures(scripts):
-    files = [SCRIPTS / "results" / name for name in ("quality.json", "rivals.json")]
-    assert scripts("page").page([json.loads(file.read_text(encoding="utf-8")) for file in files]) == PAGE.read_text(
-        encoding="utf-8"
-    )
+    files = [SCRIPTS / "results" / name for name in ("quality.json", "rivals.json", "tried.json")]
+    *runs, tried = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    assert scripts("page").page(runs, tried) == PAGE.read_text(encoding="utf-8")
+
+
+def test_what_was_tried_is_in_a_table_of_its_own_windows(scripts, common):
+    row = {"heading": common.TRIED, "steps": [L1], "perplexity": {"prose": 25.0, "all": 15.0}, "parameters": 900}
+    figures = {"zeros": 0.0, "cpu_seconds": 12.4, "peak_mib": 1234.5}
+    tried = run_of("hf_prune", {"so": row | figures}, inputs="cd", windows={"calibration": 64, "prose": 32})
+    page = scripts("page").page([run_of("hf_prune", {})], tried)
+    section = page.split("## What else was tried")[1].split("##")[0]
+    assert "On 64 windows" in section and "| so | 1.250× | 1.500× | 900 |" in section
+    assert f"- so: `{json.dumps([L1])}`" in page
+
+
+def test_what_was_tried_can_be_tried_again(scripts):
+    for name, steps in scripts("quality").TRIED.items():
+        torch.manual_seed(0)
+        model = zoo.build("llama", num_hidden_layers=10)
+        before = model.num_parameters()
+        scripts("quality").prune(
+            {name: ("", steps)}, name, model, [{"input_ids": torch.randint(5, 99, (4, 32))} for _ in range(2)]
+        )
+        assert model.num_parameters() < before, name
 
 
 def test_each_method_does_what_its_heading_says(scripts, common):
