@@ -37,8 +37,8 @@ def export(
     from hf_prune.cli.run import quiet
     from hf_prune.export.checkpoint import dense_of, load, read_config
     from hf_prune.export.gguf import FILE, export_gguf, require_writable
+    from hf_prune.export.runtimes import RUNTIMES, require_empty, require_runtime
     from hf_prune.export.runtimes import export as export_to
-    from hf_prune.export.runtimes import require_empty, require_runtime
     from hf_prune.report.report import plain_console
     from hf_prune.report.table import hardware_words
 
@@ -65,6 +65,7 @@ def export(
             say("it has no tokenizer, so it takes token ids only: copy that of the dense model with --tokenizer-from")
         return
     model = load(directory)
+    say(f"exporting to {to}, and the dense model beside it where it is known: this takes {RUNTIMES[to].takes}")
     found = export_to(model, to, target, dense=dense_of(directory, model, dense), batch_size=batch_size, length=length)
     say(f"written to {target}: outputs differ from PyTorch's by at most {found.max_difference:.1e} of the largest")
     times = found.latency_ms

@@ -41,6 +41,7 @@ class Runtime:
     config: str
     # of the runner; OpenVINO computes in bfloat16 where the processor can, unless told
     run: Mapping[str, Any] = field(default_factory=dict)
+    takes: str = "seconds, of a large model minutes"
 
 
 RUNTIMES = {
@@ -48,7 +49,9 @@ RUNTIMES = {
     "openvino": Runtime(
         ("openvino",), "OpenVINOExporter", "OpenVINOConfig", {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
     ),
-    "executorch": Runtime(("executorch",), "ExecutorchExporter", "ExecutorchConfig"),
+    "executorch": Runtime(
+        ("executorch",), "ExecutorchExporter", "ExecutorchConfig", takes="minutes and gigabytes, of a small model too"
+    ),
 }
 
 

@@ -126,6 +126,9 @@ def test_the_command_exports_beside_the_dense_model_of_the_report(tmp_path, monk
     pruned().save_pretrained("small")
     done = CliRunner().invoke(app, ["export", "small", "--format", "onnx", "--dense", "base", "--length", "8"])
     assert done.exit_code == 0, done.output
+    assert done.output.startswith(
+        "exporting to onnx, and the dense model beside it where it is known: this takes seconds"
+    )
     assert "written to small-onnx" in done.output and "× as fast (input 1 × 8" in done.output
     assert (tmp_path / "small-onnx" / "model.onnx").exists()
 
