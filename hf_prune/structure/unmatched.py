@@ -70,7 +70,9 @@ def _widening_pair(names: ModuleNames, name: str, module: nn.Module, covered: se
         f"{own}.{path}" if path else own: each
         for own, child in module.named_children()
         for path, each in ((path, each) for path, each in child.named_modules() if path.count(".") < 2)
-        if _is_map(each) and names.resolve(name, f"{own}.{path}" if path else own) not in covered
+        if _is_map(each)
+        and not (path and isinstance(module, nn.ModuleList))
+        and names.resolve(name, f"{own}.{path}" if path else own) not in covered
     }
     for first, widens in maps.items():
         for second, narrows in maps.items():
