@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from hf_prune.structure import layouts
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, parents, read_list
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_absent, is_linear, is_within, parents, read_list
 from hf_prune.structure.sites import Refusal, Site
 from hf_prune.structure.source import forward_of
 
 
 Stacks = dict[str, tuple[str, ...]]
 
+HAS_LEFT = "has left already"
 _LAYER = "GradientCheckpointingLayer"  # by name, since importing it imports all of Transformers' model code
 
 
@@ -35,6 +36,8 @@ def find_stacks(names: ModuleNames) -> tuple[Stacks, list[Refusal]]:
                 refusals.append(
                     Refusal("layers", name, "its blocks are attentions alone, without what is around them")
                 )
+            elif _is_mixed_list(module):
+                refusals.append(Refusal("layers", name, "its blocks are of several kinds"))
             continue
         blocks = tuple(f"{name}.{own}" for own, _ in module.named_children())
         field = layouts.REPEAT_FIELDS.get(name.rpartition(".")[2])
@@ -49,6 +52,7 @@ def find_stacks(names: ModuleNames) -> tuple[Stacks, list[Refusal]]:
 def _is_list_of_blocks(module: nn.Module) -> bool:
     """Whether all in it are blocks that may follow each other: of one class, or all layers of a model with several kinds."""
     blocks = list(module.children()) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+    blocks = [block for block in blocks if not is_absent(block)]
     if not blocks or not any(True for _ in blocks[0].children()):
         return False
     classes = {type(block) for block in blocks}
@@ -57,6 +61,13 @@ def _is_list_of_blocks(module: nn.Module) -> bool:
     if len(classes) > 1 and not all(_LAYER in (each.__name__ for each in kind.__mro__) for kind in classes):
         return False
     return "Attention" not in type(blocks[0]).__name__ or len(classes) > 1 or _is_whole_layer(blocks[0])
+
+
+def _is_mixed_list(module: nn.Module) -> bool:
+    """Whether blocks of one class come again and again, with others between (the flows of VITS)."""
+    kinds = [type(block) for block in module.children()] if isinstance(module, nn.ModuleList) else []
+    again = next((block for block in module.children() if kinds.count(type(block)) > 1), None)
+    return len(set(kinds)) > 1 and again is not None and _is_whole_layer(again)
 
 
 def _is_list_of_attentions(module: nn.Module) -> bool:
@@ -95,10 +106,12 @@ def _holds_stack(names: ModuleNames, block: str) -> bool:
 def find_sites(names: ModuleNames, stacks: Stacks, inner: Sequence[Site]) -> Iterator[Site | Refusal]:
     """One site for each stack, but for those that none of the blocks of could leave."""
     for name, blocks in stacks.items():
-        is_transformer = any(
-            piece.module.startswith(f"{name}.") for site in inner for piece in site.slices
-        ) or _looks_like_transformer(names.modules[blocks[0]])
-        reason = _order_matters(names, name, blocks) or (None if is_transformer else _no_block(names, blocks))
+        there = tuple(block for block in blocks if not is_absent(names.modules[block]))
+        held = [
+            names.modules[piece.module] for site in inner for piece in site.slices if is_within(piece.module, name)
+        ]
+        is_transformer = any(map(is_linear, held)) or _looks_like_transformer(names.modules[there[0]])
+        reason = _order_matters(names, name, there) or (None if is_transformer else _no_block(names, there))
         if reason:
             yield Refusal("layers", name, reason)
             continue
@@ -106,11 +119,23 @@ def find_sites(names: ModuleNames, stacks: Stacks, inner: Sequence[Site]) -> Ite
         if len(fixed) == len(blocks):
             yield Refusal("layers", name, f"each of its blocks has to stay: the first {fixed[0][1]}")
         else:
-            yield Site(name, "layers", len(blocks), blocks=blocks, fixed=fixed)
+            yield Site(
+                name, "layers", len(blocks), blocks=blocks, fixed=fixed, in_place=_has_places(names, name, fixed)
+            )
 
 
 def _is_of_stage(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
+
+
+def _has_places(names: ModuleNames, name: str, fixed: Sequence[tuple[int, str]]) -> bool:
+    """Whether something outside the stack goes by the numbers of its blocks, as far as names tell."""
+    return (
+        name.rpartition(".")[2] in layouts.PLACED_STACKS
+        or any(read_list(names.config_of(name), field) for field in layouts.HIDDEN_STATE_READERS)
+        or any(isinstance(names.get(name, f"../{sibling}"), nn.Module) for sibling in layouts.FIXED_POSITION_SIBLINGS)
+        or any(reason == HAS_LEFT for _, reason in fixed)
+    )
 
 
 def _no_block(names: ModuleNames, blocks: tuple[str, ...]) -> str | None:
@@ -131,9 +156,12 @@ def resizing(
     The first norm of a transformer's block says how many entries come in, else the first linear layer or convolution; the
     last of these writes what goes out. A plain stack of a transformer's blocks, of one width, changes none.
     """
-    widths = {_width(names.modules[block]) for block in blocks}
+    widths = {_width(names.modules[block]) for block in blocks if not is_absent(names.modules[block])}
     is_plain = is_transformer and len(widths) == 1 and not _is_of_stage(stack)
     for number, block in enumerate(blocks):
+        if is_absent(names.modules[block]):
+            yield number, HAS_LEFT
+            continue
         if "sampl" in type(names.modules[block]).__name__.lower():
             yield number, "changes the number of positions"
         if is_plain:
@@ -190,17 +218,9 @@ def _order_matters(names: ModuleNames, name: str, blocks: tuple[str, ...]) -> st
         return "its blocks are run by their forward alone, so that no hook can make one be passed by"
     if owned := _owned_by_first(names, blocks):
         return f"its first block alone has {owned}, so that no other can come first"
-    if name.rpartition(".")[2] in layouts.PLACED_STACKS:
-        return "its blocks are called at fixed places between the layers of another stack"
-    for field in layouts.HIDDEN_STATE_READERS:
-        if read_list(config, field):
-            return f"config.{field} names layers whose outputs are read from outside"
     for switch in layouts.LAYER_NUMBER_SWITCHES:
         if getattr(config, switch, None):
             return f"config.{switch} makes a layer's function depend on its number"
-    for sibling in layouts.FIXED_POSITION_SIBLINGS:
-        if isinstance(names.get(name, f"../{sibling}"), nn.Module) and not _is_of_stage(name):
-            return f"{sibling} beside the stack is wired to a fixed layer"
     if name.rpartition(".")[2] in layouts.REPEAT_FIELDS and len(set(blocks)) > 1:
         return "several shared blocks take turns, so that dropping one changes which block is called where"
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_prune.structure import attention, experts, feed_forward, layers, layouts
 from hf_prune.structure.layers import Stacks
-from hf_prune.structure.naming import ModuleNames, d_out, is_within, weight_of
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_within, weight_of
 from hf_prune.structure.sites import Branch, Part, Refusal, Site
 
 
@@ -92,6 +92,9 @@ def _feed_forwards(names: ModuleNames, block: str) -> list[tuple[str, list[str],
         layout = feed_forward.matching(names, name)
         if layout and not any(is_within(name, mixture) for mixture in mixtures):
             projections = [names.resolve(name, part) for part in layout.parts]
+            output = names.modules[projections[-1]]
+            if not is_linear(output) and (name == block or d_in(output) < d_out(output)):
+                continue  # convolutions of the block itself; a gate (squeeze and excitation), which adds nothing
             whole = name != block and not _holds_norm(names.modules[name], d_out(names.modules[projections[-1]]))
             found.append((name, [name] if whole else projections, projections[-1]))
     return found

@@ -134,6 +134,8 @@ class Site:
     blocks: tuple[str, ...] = ()
     # of those the ones that have to stay, by number, each with the reason
     fixed: tuple[tuple[int, str], ...] = ()
+    # whether others are told by their places: then what leaves is stepped over, and those behind it don't move up
+    in_place: bool = False
     # parts of layers only: what leaves with each unit, in the order of their blocks; a block may have no such part
     part: Part = "block"
     branches: tuple[Branch, ...] = ()
