@@ -279,7 +279,7 @@ def _named_units(step: Any, sites: Sequence[Site], eligible: Mapping[str, Tensor
                 raise RecipeError(f"remove names {wrong} of {site.name}, which has {_range(site.numbers)}")
             for number, reason in site.fixed:
                 if number in units:
-                    raise RecipeError(f"remove names {number} of {site.name}, which has to stay: it {reason}")
+                    raise RecipeError(f"remove names {number} of {site.name}, which can't leave: it {reason}")
             gone[site.key][[site.numbers.index(unit) for unit in units]] = True
             if not (eligible[site.key] & ~gone[site.key]).any() and not site.fixed:
                 raise RecipeError(f"remove would leave {site.name} with none of its {site.n_units} units; keep one")

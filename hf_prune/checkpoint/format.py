@@ -46,7 +46,9 @@ def sizes(model: nn.Module, views: Collection[tuple[str, str]] = ()) -> dict[str
 
 
 def numbers(module: nn.Module) -> dict[str, float]:
-    """The plain numbers of a module that pruning may change: whole ones, and epsilons (of folded norms)."""
+    """The plain numbers of a module that pruning may change: whole ones, and epsilons (of folded norms). None of an absent one."""
+    if absent_returns(module) is not None:
+        return {}
     return {
         name: value
         for name, value in module.__dict__.items()

@@ -133,7 +133,10 @@ def _has_places(names: ModuleNames, name: str, fixed: Sequence[tuple[int, str]])
     return (
         name.rpartition(".")[2] in layouts.PLACED_STACKS
         or any(read_list(names.config_of(name), field) for field in layouts.HIDDEN_STATE_READERS)
-        or any(isinstance(names.get(name, f"../{sibling}"), nn.Module) for sibling in layouts.FIXED_POSITION_SIBLINGS)
+        or (
+            not _is_of_stage(name)
+            and any(isinstance(names.get(name, f"../{other}"), nn.Module) for other in layouts.FIXED_POSITION_SIBLINGS)
+        )
         or any(reason == HAS_LEFT for _, reason in fixed)
     )
 

@@ -37,7 +37,7 @@ def structure_table(structure: ModelStructure) -> str:
         for number, reason in site.fixed
     }
     for target, number, name, reason in sorted(stay):
-        console.print(f"has to stay: {number} of the {target} of {name}: it {reason}", soft_wrap=True, markup=False)
+        console.print(f"can't leave: {number} of the {target} of {name}: it {reason}", soft_wrap=True, markup=False)
     reasons = sorted(
         {(refusal.kind, _without_numbers(refusal.name), refusal.reason) for refusal in structure.refusals}
     )

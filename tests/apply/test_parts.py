@@ -418,13 +418,13 @@ def test_a_module_that_does_more_than_its_part_is_caught():
     drop_(model, "feed_forward", 2)
 
 
-def test_two_feed_forwards_in_a_block_are_refused():
+def test_two_feed_forwards_in_a_block_leave_together():
     model = zoo.build("llama")
     model.model.layers[0].shared_mlp = copy.deepcopy(model.model.layers[0].mlp)
-    structure = inspect_model(model)
-    assert structure.of("layers", "feed_forward")[0].numbers == (1, 2)
-    (refusal,) = structure.refusals
-    assert refusal.name == "model.layers.0" and "holds 2 of them" in refusal.reason
+    (site,) = inspect_model(model).of("layers", "feed_forward")
+    assert site.numbers == (0, 1, 2)
+    assert set(site.branches[0].modules) == {"model.layers.0.mlp", "model.layers.0.shared_mlp"}
+    assert site.branches[0].outputs == ("model.layers.0.mlp.down_proj", "model.layers.0.shared_mlp.down_proj")
 
 
 def test_a_feed_forward_beside_experts_is_refused():

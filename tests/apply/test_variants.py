@@ -28,7 +28,7 @@ from tests.checkpoint.shrunk import assert_close, outputs
 # (model of the zoo, changes of its config, targets that are refused)
 VARIANTS = [
     ("deberta-v2", {"share_att_key": True}, ()),
-    ("deberta-v2", {"conv_kernel_size": 3}, ("layers",)),
+    ("deberta-v2", {"conv_kernel_size": 3}, ()),
     ("deberta-v2", {"relative_attention": False}, ()),
     ("albert", {"inner_group_num": 2}, ()),
     ("albert", {"num_hidden_groups": 3}, ("layers",)),

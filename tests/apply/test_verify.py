@@ -52,7 +52,11 @@ FAULTS = {
     "T5's position bias": (
         "t5",
         "t5 layers",
-        lambda m: roll_(m.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, 1),
+        lambda m: [
+            roll_(each.relative_attention_bias.weight, 1)
+            for each in m.encoder.modules()
+            if hasattr(each, "relative_attention_bias")
+        ],
     ),
     "the scale of a folded norm": (
         "olmo2",

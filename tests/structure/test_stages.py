@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModel
 
+import hf_prune
 from hf_prune.apply.masks import set_masks
 from hf_prune.apply.shrink import remove_masked_
 from hf_prune.checkpoint import settle_config_
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import inspect_model
+from hf_prune.structure.naming import is_absent
 
 
 PYRAMID = dict(
@@ -47,9 +49,14 @@ def test_each_stage_is_a_stack_and_loses_blocks_and_neurons_exactly(model_type, 
         assert verdict.loads_with == "transformers" and list(model.config.depths) == [1, 2]
 
 
-def test_blocks_that_take_turns_are_refused():
+def test_blocks_that_take_turns_keep_their_places():
     swin = dict(embed_dim=16, depths=[2, 2], num_heads=[2, 4], image_size=64, patch_size=4, window_size=4)
-    structure = inspect_model(build("swin", swin))
-    refused = {refusal.name: refusal.reason for refusal in structure.refusals if refusal.kind == "layers"}
-    assert "differ in shift_size" in refused["encoder.layers.0.blocks"]
+    model = build("swin", swin)
+    structure = inspect_model(model)
+    assert [site.name for site in structure.of("layers")] == ["encoder.layers.0.blocks", "encoder.layers.1.blocks"]
     assert len(structure.of("attention_heads")) == len(structure.of("ffn_neurons")) == 4
+    shifts = [block.shift_size for block in model.encoder.layers[0].blocks]
+    assert shifts[0] != shifts[1]
+    hf_prune.prune_(model, {"version": 1, "prune": [{"target": "layers", "remove": {"encoder.layers.0.blocks": [0]}}]})
+    assert [block.shift_size for block in model.encoder.layers[0].blocks] == shifts
+    assert is_absent(model.encoder.layers[0].blocks[0]) and not is_absent(model.encoder.layers[0].blocks[1])
