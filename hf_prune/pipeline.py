@@ -74,7 +74,12 @@ def _shrink(
     structure = inspect_model(model)
     if stay_in_place is None:
         stay_in_place = in_place(model, _kept_layers(model, structure))
-    record = remove_masked_(model, structure, sample, stay_in_place)
+    try:
+        record = remove_masked_(model, structure, sample, stay_in_place)
+    except VerificationError:
+        if not stay_in_place:
+            raise
+        record = remove_masked_(model, structure, sample)  # what a layer returns can't be told; the model is as it was
     return record, settle_config_(model, record.kept_layers)
 
 
