@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CONFIG_MAPPING,
@@ -141,6 +143,11 @@ MIXTURES: dict[str, tuple[str, dict, type]] = {
         AutoModelForCausalLM,
     ),
 }
+
+
+def is_before(version: str) -> bool:
+    """Whether the Transformers at hand is older."""
+    return Version(transformers.__version__) < Version(version)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> PreTrainedModel:

@@ -18,6 +18,11 @@ from hf_prune.structure.inputs import example_inputs
 from tests import zoo
 
 
+def needs_its_router(name):
+    if name == "glm4_moe" and zoo.is_before("5.23"):
+        pytest.skip("its router gives something else in this Transformers, and is refused")
+
+
 def logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
@@ -38,6 +43,8 @@ def leaving(model, target, n_by_site):
 @pytest.mark.parametrize("target", ["experts", "ffn_neurons"])
 @pytest.mark.parametrize("name", zoo.MIXTURES)
 def test_masked_equals_shrunk_and_saved_equals_loaded(name, target, n_by_site, tmp_path):
+    if target == "experts":
+        needs_its_router(name)
     model = zoo.build(name, torch.float64)
     inputs = example_inputs(model)
     dense = logits(model, inputs)
@@ -76,6 +83,7 @@ def test_a_mixture_leaves_whole_as_the_feed_forward_part_of_a_layer(name, tmp_pa
 
 @pytest.mark.parametrize("name", zoo.MIXTURES)
 def test_fewer_experts_than_a_token_was_sent_to(name, tmp_path):
+    needs_its_router(name)
     model = zoo.build(name, torch.float64)
     inputs = example_inputs(model)
     masks = leaving(model, "experts", lambda n: [5] * n)
@@ -172,6 +180,7 @@ def test_neurons_of_stacked_experts_leave_by_the_loss_and_not_by_what_no_hook_se
     ],
 )
 def test_routers_that_would_choose_otherwise_are_refused(change, reason):
+    needs_its_router("glm4_moe")
     structure = inspect_model(zoo.build("glm4_moe", **change))
     refused = [refusal.reason for refusal in structure.refusals if refusal.target == "experts"]
     assert (reason is None and structure.of("experts")) or (reason or "can't be told") in refused[0]

@@ -61,9 +61,11 @@ def test_it_computes_the_same(way, by, saved, tmp_path):
     if "max_memory" in options:
         options["offload_folder"] = tmp_path / "offload"
     loader = type(model) if by == "class" else zoo.MODELS[family][2]
+    if options.get("attn_implementation") == "sdpa" and not type(model)._supports_sdpa:
+        pytest.skip(f"this Transformers has no sdpa attention for a {type(model).__name__}, dense or not")
     loaded = loader.from_pretrained(directory, **options)
     if "max_memory" in options:
-        assert "disk" in set(loaded.hf_device_map.values()), "nothing was left on disk, so this proves nothing"
+        assert any(each.is_meta for each in loaded.parameters()), "nothing was left on disk, so this proves nothing"
     assert_close(outputs(model, example_inputs(model)), outputs(loaded, example_inputs(model)), 1e-5)
 
 
@@ -103,6 +105,8 @@ TASKS = {
 def test_base_from_task_and_task_from_base(saved, tmp_path):
     """Each by way of the other; and one task from another's checkpoint, whose head it hasn't."""
     family, model, directory = saved
+    if family == "vit" and zoo.is_before("5.23"):
+        pytest.skip("this Transformers doesn't load a dense ViT's base into its task model either")
     base = AutoModel.from_pretrained(directory)
     assert_close(outputs(model.base_model, example_inputs(model)), outputs(base, example_inputs(model)))
     base.save_pretrained(tmp_path / "base")

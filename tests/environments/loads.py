@@ -32,7 +32,7 @@ def assert_equal(what, found, expected, tolerance=TOLERANCE):
 
 def partly_from_disk(load, place):
     model = load(device_map="auto", max_memory={"cpu": "60KB"}, offload_folder=place / "offload")
-    assert "disk" in set(model.hf_device_map.values()), "nothing was left on disk, so this proves nothing"
+    assert any(each.is_meta for each in model.parameters()), "nothing was left on disk, so this proves nothing"
     return model
 
 
