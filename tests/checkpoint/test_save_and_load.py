@@ -229,7 +229,7 @@ def test_a_bad_manifest_is_refused(damage, message, tmp_path):
         ("bert.encoder.layer.1.attention.self", ["zeros"] * 99, "expected what its call gives"),
         ("bert.encoder.layer.1.attention.self", 1, "expected what its call gives"),
         ("bert.encoder.layer.1.output.dropout", "zeros", "holds no parameter"),
-        ("", "zeros", "or is no part of a block"),
+        ("", "zeros", "or is no block, nor part of one"),
     ],
 )
 def test_a_bad_absence_is_refused(module, returns, message, tmp_path):
@@ -249,7 +249,7 @@ def test_a_bad_absence_is_refused(module, returns, message, tmp_path):
 
 def test_base_from_head_and_head_from_base_without_parts(tmp_path):
     model, verdict = shrunk("llama", targets=("layers.attention", "layers.feed_forward"))
-    assert verdict.loads_with == "hf_prune" and "2 modules have left" in verdict.why
+    assert verdict.loads_with == "hf_prune" and "which 2 layers, or parts of them, have left" in verdict.why
     model.save_pretrained(tmp_path / "head", max_shard_size="10KB")
     inputs = example_inputs(model)
     base = AutoModel.from_pretrained(tmp_path / "head")
