@@ -373,7 +373,7 @@ def set_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(weight.shape)
+        module.normalized_shape = tuple(weight.shape)[-len(module.normalized_shape) :]
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
         if module.groups == module.in_channels == module.out_channels:  # depthwise: a group for each channel
             module.groups = module.in_channels = weight.shape[0]

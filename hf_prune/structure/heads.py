@@ -66,6 +66,8 @@ def _n_heads(names: ModuleNames, name: str, layout: AttentionLayout, width: int)
 
 
 def _separate(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: int, d_value: int) -> Heads:
+    if not layout.value and not layout.key_value:
+        return _queries(names, name, layout, n_heads, d_value)
     query, d_values = names.modules[names.resolve(name, layout.query)], _d_values(names, name, layout)
     n_kv_heads = _kv_heads(d_values, d_value, n_heads)
     d_keys = d_values if layout.key_value else d_out(names.modules[names.resolve(name, layout.key)])
@@ -73,6 +75,9 @@ def _separate(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: i
     # twice as many query entries are queries and a gate, head by head (Qwen3-Next)
     if rest or d_out(query) not in (n_heads * d_head, 2 * n_heads * d_head):
         raise Refused("keys and values differ in width, or queries from the output: not multi-head attention")
+    size = number(names.modules[name], layouts.HEAD_SIZE_NAMES)
+    if size and n_kv_heads > 1 and d_head != d_value and d_values != d_keys and d_head < size[1] == d_value:
+        raise Refused(f"keys have {d_keys // d_value} heads of {d_value}, values {n_kv_heads}")
     n_rep = n_heads // n_kv_heads
     spans: _Spans = {layout.query: (Span(0, n_rep * d_out(query) // n_heads),)}
     if layout.key_value:
@@ -87,6 +92,14 @@ def _separate(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: i
         if is_linear(names.get(name, extra))
     }
     return Heads(n_heads, n_kv_heads, d_head, d_value, _written(names, name, spans))
+
+
+def _queries(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: int, d_head: int) -> Heads:
+    """Of an attention that takes another's keys and values, which leave there."""
+    groups = number(names.modules[name], layouts.KV_GROUPS_NAMES)
+    n_kv_heads = n_heads // (groups[1] if groups else 1)
+    spans: _Spans = {layout.query: (Span(0, (n_heads // n_kv_heads if n_kv_heads > 1 else 1) * d_head),)}
+    return Heads(n_heads, n_kv_heads, d_head, d_head, _written(names, name, spans))
 
 
 def _d_values(names: ModuleNames, name: str, layout: AttentionLayout) -> int:
