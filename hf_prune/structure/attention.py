@@ -125,7 +125,7 @@ def is_convolutional(module: nn.Module) -> bool:
 def _site(names: ModuleNames, name: str, module: nn.Module, layout: AttentionLayout) -> Site:
     output_name = names.resolve(name, layout.output)
     output = names.modules[output_name]
-    width = d_in(output)  # n_heads * d_value
+    width = d_in(output)  # n_heads * d_value, of a group
     _refuse_alibi(names, name, module)
     heads = heads_of(names, name, layout, width)
     _refuse_fixed_width(module)
@@ -145,7 +145,7 @@ def _site(names: ModuleNames, name: str, module: nn.Module, layout: AttentionLay
         "attention_heads",
         n_units,
         tuple(slices),
-        (*_attributes(name, module, heads, width), *_counts_around(names, name, heads)),
+        (*_attributes(name, module, heads, heads.n_heads * heads.d_value), *_counts_around(names, name, heads)),
         tuple(norms),
         reads=(Read(output_name, unit), *others),
     )
@@ -191,8 +191,9 @@ def _attributes(name: str, module: nn.Module, heads: Heads, width: int) -> Itera
             yield Attribute(name, field, value // heads.n_units, of_config=True)
     for path, inner in module.named_modules():  # what is inside counts heads by itself (Gemma 3n's positions)
         for field in layouts.HEAD_COUNT_NAMES:
-            if path and not sees_no_head(path) and inner.__dict__.get(field) == heads.n_heads:
-                yield Attribute(f"{name}.{path}", field, heads.n_heads // heads.n_units)
+            count = inner.__dict__.get(field)
+            if path and not sees_no_head(path) and (count == heads.n_heads or count == heads.n_kv_heads > 1):
+                yield Attribute(f"{name}.{path}", field, count // heads.n_units)
 
 
 def _counts_around(names: ModuleNames, name: str, heads: Heads) -> Iterator[Attribute]:

@@ -123,6 +123,8 @@ ATTENTION_LAYOUTS: tuple[AttentionLayout, ...] = (
             ("q_proj", ("kv_a_proj_with_mqa",)),
         )
     ),
+    # DeepSeek V4's, with one key/value head and a grouped output
+    AttentionLayout(query="q_b_proj", output="o_a_proj", latent=("q_a_proj", "kv_proj", "o_b_proj")),
     # the same from a latent state of another block (Mistral Large 4)
     AttentionLayout(query="q_proj", key_value="kv_b_proj", output="o_proj", latent=("kv_b_proj",)),
     # Granite's speech encoder
@@ -204,6 +206,7 @@ HEAD_COUNT_NAMES = (
     *("num_global_attention_heads", "encoder_attention_heads", "decoder_attention_heads"),
 )
 KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
+OUTPUT_GROUPS_NAMES = ("n_groups",)  # of an output projection
 KV_GROUPS_NAMES = ("num_key_value_groups",)  # queries per key
 KV_WIDTH_NAMES = ("kv_dim", "key_value_dim")
 # Widths that count all query heads' entries and are used to split or reshape.
@@ -291,6 +294,10 @@ PER_HEAD_MODULES = {
     "relative_attention_bias": (("weight", 1),),
     "rel_attn_embed": (("weight", 1),),
     "softmax_scaling": (("scale", 0), ("bias", 0)),  # Mistral Large 4
+    "q_l2_clip": (("scale", 0),),  # Inkling 2
+    "rel_l2_clip": (("scale", 0),),
+    "k_sconv": (("static_weight", 1),),
+    "v_sconv": (("static_weight", 1),),
 }
 # Tables beside a stack whose bias all its attentions take as one of these arguments, or those of one of these names; then
 # heads leave all blocks together.
@@ -313,6 +320,7 @@ PER_HEAD_PROJECTIONS = (
     *("continuous_position_bias_mlp.2", "output_projection.gate_proj", "gate", "head_gate", "attn_gate", "sink_proj"),
     *("w2e_query", "e2w_query", "e2e_query"),  # LUKE's words and entities
     *("layout_query", "layout_key", "layout_value"),  # LiLT's second stream
+    *("k_sconv.weight_proj", "v_sconv.weight_proj"),  # Inkling 2
     "dt_proj",  # Doge
 )
 # Those of them that read the values of all heads, and further projections that read what the heads give.

@@ -41,7 +41,7 @@ def side_slices(names: ModuleNames, name: str, heads: Heads, known: set[str]) ->
         if is_linear(linear):
             if path not in layouts.PER_HEAD_PROJECTIONS or d_out(linear) % heads.n_units:
                 raise Refused(f"it also holds the linear layer {path}, whose role is unknown")
-            yield from writing_slices(full, linear, (Span(0, d_out(linear) // heads.n_units),))
+            yield from writing_slices(full, linear, heads.spans(d_out(linear)))
             if path in layouts.OF_ALL_VALUES:
                 yield reading_slice(full, linear, Span(0, d_in(linear) // heads.n_units))
         elif isinstance(linear, (nn.Conv1d, nn.Conv2d)) and _is_by_head(path, linear, heads):
@@ -64,7 +64,7 @@ def _of_parameter(name: str, child: str, parameter: Tensor, heads: Heads) -> Ite
 
 def _slice(module: str, child: str, parameter: Tensor, dim: int, heads: Heads) -> TensorSlice:
     """(…, n_heads pieces, …) -> the pieces of a unit's query heads."""
-    return TensorSlice(module, child, dim, (Span(0, parameter.shape[dim] // heads.n_units),), writes=True)
+    return TensorSlice(module, child, dim, heads.spans(parameter.shape[dim]), writes=True)
 
 
 def sees_no_head(path: str) -> bool:

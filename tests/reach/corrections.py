@@ -140,6 +140,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": BY_LAYER},
     "cohere_compass_text": BY_LAYER,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "deepseek_v4": {"o_groups": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [2, 1]},
     "donut-swin": SWIN,
