@@ -78,21 +78,22 @@ def _shared_tables(names: ModuleNames, path: str, module: nn.Module, site: Site)
         return []
     stack = path.partition(".*")[0]
     tables = _tables_in(names, names.parent(stack), stack)
-    if not tables and handed and handed[0].default is inspect.Parameter.empty:
-        tables = next(filter(None, (_tables_in(names, around, stack) for around in parents(stack))), [])
-        if not tables:
-            raise Refused(f"it is handed a {handed[0].name} by head, which comes from somewhere unknown")
+    is_handed = handed and handed[0].default is inspect.Parameter.empty
+    if not tables and (is_handed or not handed):
+        tables = next(filter(None, (_tables_in(names, around, stack, own=True) for around in parents(stack))), [])
+    if not tables and is_handed:
+        raise Refused(f"it is handed a {handed[0].name} by head, which comes from somewhere unknown")
     return [piece for piece in tables if _length(names, piece) == site.n_units]
 
 
-def _tables_in(names: ModuleNames, around: str, stack: str) -> list[TensorSlice]:
-    """The known tables in `around` that aren't in the stack."""
+def _tables_in(names: ModuleNames, around: str, stack: str, *, own: bool = False) -> list[TensorSlice]:
+    """The known tables in `around`, or its `own` alone, that aren't in the stack."""
     return [
         TensorSlice(other, tensor, dim, (Span(0, 1),), writes=True)
-        for other in names.inside(around)
+        for other in (names.inside(around) if around else names.modules)
         if not other.startswith(f"{stack}.")
         for table, tensors in layouts.SHARED_TABLES.items()
-        if f".{other}".endswith(f".{table}")
+        if (other == names.resolve(around, table) if own else f".{other}".endswith(f".{table}"))
         for tensor, dim in tensors
         if isinstance(getattr(names.modules[other], tensor, None), Tensor)
     ]

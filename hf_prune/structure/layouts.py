@@ -288,9 +288,10 @@ PER_HEAD_PARAMETERS = {
     "seg_embed": 1,
     "A": 0,  # Doge, of key/value heads
 }
-# Modules inside an attention that hold such parameters: path -> (parameter, dimension of heads), each.
+# Modules inside an attention, or beside it, that hold such parameters: path -> (parameter, dimension of heads), each.
 PER_HEAD_MODULES = {
     "relative_position_bias": (("relative_position_bias_table", 1),),
+    "../relative_position_bias": (("relative_position_bias_table", 1),),  # BEiT
     "relative_attention_bias": (("weight", 1),),
     "rel_attn_embed": (("weight", 1),),
     "softmax_scaling": (("scale", 0), ("bias", 0)),  # Mistral Large 4
@@ -304,6 +305,7 @@ PER_HEAD_MODULES = {
 SHARED_TABLES = {
     "relative_attention_bias": (("weight", 1),),
     "shared_position_bias": (("relative_position_bias_table", 1),),
+    "relative_position_bias": (("relative_position_bias_table", 1),),
     "rel_pos_bias": (("weight", 0),),  # LayoutLMv3
     "rel_pos_x_bias": (("weight", 0),),
     "rel_pos_y_bias": (("weight", 0),),
@@ -312,7 +314,7 @@ SHARED_TABLES = {
     "position_bias": (("relative_attention_bias", 1),),  # CPM-Ant
 }
 SHARED_BIAS_ARGUMENTS = ("position_bias", "relative_position_bias", "shared_relative_position_bias", "rel_pos")
-SHARED_BIAS_READERS = ("vision_cross_attn",)  # SAM 3, as a mask
+SHARED_BIAS_READERS = ("vision_cross_attn", "attention")  # SAM 3, BEiT, as a mask
 # Further projections with one output, or d_head, for each query head: gates, relative positions, global attention.
 PER_HEAD_PROJECTIONS = (
     *("g_proj", "gate_proj", "r_proj", "linear_pos", "pos_proj", "relative_k_proj", "pos_key_proj", "pos_query_proj"),
