@@ -241,6 +241,8 @@ def _refuse_fixed_width(module: nn.Module) -> None:
         raise Refused("its forward pairs the first half of its heads with the second")
     if re.search(r"\.mean\(\w+, dim=\(1, -1\)\)", source):
         raise Refused("its forward takes a mean over all heads, which others change by leaving")
+    if re.search(r"(\w+) = \d+\n[^\n]*\.reshape\([^\n]*\(\1, -1\)", source):
+        raise Refused("its forward splits its heads into as many parts as its code says")
     for own in layouts.VALUE_READERS:
         if getattr(module, own, None) is not None:
             raise Refused(f"its {own} adds the values of all heads to what it gives, which is as wide as the model")

@@ -67,6 +67,7 @@ def test_a_norm_by_head_keeps_the_size_that_it_normalises_over():
     [
         ("eomt", "repeats its mask for config.num_attention_heads"),
         ("wavlm", "gives each head a part of its input"),
+        ("codegen", "splits its heads into as many parts"),
         ("autoformer", "takes a mean over all heads"),
         ("fun_asr_nano_encoder", "fsmn adds the values of all heads"),
     ],
