@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from hf_prune.apply.shrink import ShrinkRecord, remove_masked_
 from hf_prune.apply.verify import Verification
 from hf_prune.apply.verify import verify as verify_models
 from hf_prune.calibration.batches import first_sample, first_samples, to_device
-from hf_prune.checkpoint import Verdict, settle_config_
-from hf_prune.errors import UnsupportedModelError
+from hf_prune.checkpoint import Verdict, in_place, settle_config_
+from hf_prune.errors import UnsupportedModelError, VerificationError
 from hf_prune.plan import PruningPlan
 from hf_prune.planning import Batches, RecipeLike, make_plan
 from hf_prune.recipe import Recipe
 from hf_prune.report import PruningReport
 from hf_prune.report.build import Totals, build_report, measure_totals
-from hf_prune.structure import inspect_model
+from hf_prune.structure import ModelStructure, inspect_model
 from hf_prune.structure.cost import evaluating
 from hf_prune.structure.inputs import example_inputs
 
@@ -68,9 +68,67 @@ def shrink_(model: nn.Module) -> ShrinkRecord:
     return _shrink(model)[0]
 
 
-def _shrink(model: nn.Module, sample: Mapping[str, Any] | None = None) -> tuple[ShrinkRecord, Verdict]:
-    record = remove_masked_(model, sample=sample)
+def _shrink(
+    model: nn.Module, sample: Mapping[str, Any] | None = None, stay_in_place: Collection[str] | None = None
+) -> tuple[ShrinkRecord, Verdict]:
+    structure = inspect_model(model)
+    if stay_in_place is None:
+        stay_in_place = in_place(model, _kept_layers(model, structure))
+    record = remove_masked_(model, structure, sample, stay_in_place)
     return record, settle_config_(model, record.kept_layers)
+
+
+def _kept_layers(model: nn.Module, structure: ModelStructure) -> dict[str, list[int]]:
+    masks = masks_of(model).units
+    return {
+        site.name: torch.nonzero(masks[site.key]).reshape(-1).tolist()
+        for site in structure.of("layers")
+        if site.key in masks and not masks[site.key].all()
+    }
+
+
+def smaller_copy(
+    model: nn.Module,
+    structure: ModelStructure,
+    batches: Sequence[Mapping[str, Any]] = (),
+    inputs: str = "calibration",
+    sample: Mapping[str, Any] | None = None,
+    times: dict[str, float] | None = None,
+) -> tuple[nn.Module, Verification | None, Collection[str]]:
+    """A copy without what is masked, which computes the same, and the stacks whose layers are stepped over in place.
+
+    A stack of fewer layers is a stock checkpoint. Where it computes something else, since what is outside reads hidden states
+    by their numbers, layers that left are stepped over instead.
+
+    Args:
+        batches: to verify on; none for no verification.
+        inputs: what they are.
+        sample: keyword inputs, to see what the modules that leave return.
+        times: takes the seconds of each stage.
+
+    Raises:
+        VerificationError: either way it computes something else.
+    """
+    kept = _kept_layers(model, structure)
+    failed: VerificationError | None = None
+    for stay_in_place in dict.fromkeys((frozenset(in_place(model, kept)), frozenset(kept), frozenset[str]())):
+        smaller = copy.deepcopy(model)
+        started, verification = time.perf_counter(), None
+        try:
+            record, _ = _shrink(smaller, sample, stay_in_place)
+            shrunk = time.perf_counter()
+            if batches:
+                verification = verify_models(model, smaller, structure, record, batches, inputs)
+        except VerificationError as error:
+            failed = failed or error
+            del smaller
+            continue
+        if times is not None:
+            times["shrink"] = shrunk - started
+            times |= {"verify": time.perf_counter() - shrunk} if batches else {}
+        return smaller, verification, stay_in_place
+    assert failed is not None
+    raise failed
 
 
 def finish_(
@@ -109,19 +167,15 @@ def finish_(
     times = dict(seconds or {})
     verification: Verification | None = None
     verdict: Verdict | None = None
-    started = time.perf_counter()
     with evaluating(model):
         if shrink and any(not keep.all() for keep in masks.units.values()):
             # a copy goes first: if that fails, the model and all that hold its parameters are as they were
-            smaller = copy.deepcopy(model)
-            record, _ = _shrink(smaller, dense.sample)
-            times["shrink"], started = time.perf_counter() - started, time.perf_counter()
-            if verify:
-                verification = verify_models(model, smaller, structure, record, batches, inputs)
-                times["verify"] = time.perf_counter() - started
+            smaller, verification, stay_in_place = smaller_copy(
+                model, structure, batches if verify else (), inputs, dense.sample, times
+            )
             pruned = measure_totals(smaller, dense.sample)
             del smaller
-            _, verdict = _shrink(model, dense.sample)
+            _, verdict = _shrink(model, dense.sample, stay_in_place)
         else:
             pruned = measure_totals(model, dense.sample) if masks.units else dense
     notes = list(plan.notes) if plan else []

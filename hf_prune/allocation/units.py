@@ -61,7 +61,7 @@ def choose_units(
     counts: dict[str, int] = {}
     there = {site.key: int(eligible[site.key].sum()) for site in sites}
     out = {key: int(gone.sum()) for key, gone in before.items()}
-    bounds = {site.key: bounds_of(step, site, there[site.key], max(1, step.min_keep)) for site in sites}
+    bounds = {site.key: bounds_of(step, site, there[site.key], _n_kept(step, site)) for site in sites}
     room = _room(step, sites, eligible, bounds, costs)
     check_floors(step, room, is_each_by_itself=costs is None and allocate is None and step.scope == "layer")
     if step.uniform:
@@ -95,6 +95,11 @@ def choose_units(
         saved = sum(float(costs.per_unit[key][~keep].sum()) for key, keep in choice.keep.items())
         choice.notes += note_of_budget(step, saved, room.total, costs.total)
     return choice
+
+
+def _n_kept(step: Any, site: Site) -> int:
+    """Of the units that can leave, how many stay at least."""
+    return max(0, max(1, step.min_keep) - len(site.fixed))
 
 
 def _room(
@@ -272,8 +277,11 @@ def _named_units(step: Any, sites: Sequence[Site], eligible: Mapping[str, Tensor
             wrong = [unit for unit in units if unit not in site.numbers]
             if wrong:
                 raise RecipeError(f"remove names {wrong} of {site.name}, which has {_range(site.numbers)}")
+            for number, reason in site.fixed:
+                if number in units:
+                    raise RecipeError(f"remove names {number} of {site.name}, which has to stay: it {reason}")
             gone[site.key][[site.numbers.index(unit) for unit in units]] = True
-            if not (eligible[site.key] & ~gone[site.key]).any():
+            if not (eligible[site.key] & ~gone[site.key]).any() and not site.fixed:
                 raise RecipeError(f"remove would leave {site.name} with none of its {site.n_units} units; keep one")
     return gone
 

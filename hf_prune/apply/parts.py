@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.present import dropped_blocks, dropped_modules
-from hf_prune.checkpoint.modeling_hf_prune import ZEROS, Absent, Returns
+from hf_prune.checkpoint.modeling_hf_prune import ZEROS, Returns, absent
 from hf_prune.errors import PruneError, VerificationError
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, layouts
@@ -54,10 +54,14 @@ def check_parts(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -
             )
 
 
-def absent_parts(
-    model: nn.Module, masks: KeepMasks, structure: ModelStructure, sample: Mapping[str, Any] | None = None
+def absent_modules(
+    model: nn.Module,
+    masks: KeepMasks,
+    structure: ModelStructure,
+    sample: Mapping[str, Any] | None = None,
+    in_place: Collection[str] = (),
 ) -> dict[str, Returns]:
-    """By module that leaves with a dropped part: what the one in its place has to return.
+    """By module that leaves with a dropped part, or whole from a stack of `in_place`: what the one in its place has to return.
 
     Found by running the masked model once: arguments and outputs of the module are looked at.
 
@@ -67,14 +71,11 @@ def absent_parts(
     Raises:
         VerificationError: a module gives something else than zeros or one of its arguments, or isn't reached.
     """
-    blocks = tuple(f"{block}." for block in dropped_blocks(structure, masks))
-    leaving = [
-        name
-        for name in dropped_modules(
-            structure, KeepMasks({k: m for k, m in masks.units.items() if structure[k].branches})
-        )
-        if not name.startswith(blocks or ("\0",))
-    ]
+    blocks = dropped_blocks(structure, masks)
+    inside = tuple(f"{block}." for block in blocks)
+    of_parts = KeepMasks({key: keep for key, keep in masks.units.items() if structure[key].branches})
+    leaving = [name for name in dropped_modules(structure, of_parts) if not f"{name}.".startswith(inside or ("\0",))]
+    leaving += [block for block in blocks if block.rpartition(".")[0] in in_place]
     found: dict[str, Returns] = {name: ZEROS for name in leaving if is_linear(model.get_submodule(name))}
     handles = []
     for name in leaving:
@@ -96,11 +97,11 @@ def absent_parts(
     return found
 
 
-def remove_parts_(model: nn.Module, absent: Mapping[str, Returns]) -> None:
+def put_absent_(model: nn.Module, leaving: Mapping[str, Returns]) -> None:
     """Put a module that holds nothing in place of each that leaves."""
-    for name, returns in absent.items():
+    for name, returns in leaving.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Absent(model.get_submodule(name), returns))
+        setattr(model.get_submodule(parent), child, absent(model.get_submodule(name), returns))
 
 
 class Caches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.masks import clear_masks, masks_of, set_masks
-from hf_prune.apply.parts import Caches, absent_parts, remove_parts_
-from hf_prune.apply.present import dropped_modules, is_inside
+from hf_prune.apply.parts import Caches, absent_modules, put_absent_
+from hf_prune.apply.present import dropped_blocks, dropped_modules, is_inside
 from hf_prune.checkpoint.modeling_hf_prune import ConfigView, set_sizes
 from hf_prune.plan import KeepMasks
 from hf_prune.structure import ModelStructure, Site, inspect_model, layouts
@@ -30,7 +30,10 @@ class ShrinkRecord:
 
 @torch.no_grad()
 def remove_masked_(
-    model: nn.Module, structure: ModelStructure | None = None, sample: Mapping[str, Any] | None = None
+    model: nn.Module,
+    structure: ModelStructure | None = None,
+    sample: Mapping[str, Any] | None = None,
+    in_place: Collection[str] = (),
 ) -> ShrinkRecord:
     """Remove masked neurons, heads, layers and their parts from `model`, in place. Masked single weights stay zeros, and masked.
 
@@ -38,6 +41,8 @@ def remove_masked_(
 
     Args:
         sample: keyword inputs of the model, to see what the parts that leave return; made up if not given.
+        in_place: stacks whose layers are stepped over where they were, so that those behind them keep their numbers; beside
+            those that discovery found to be told by their places.
 
     Returns:
         What was removed; the config is not touched (`hf_prune.checkpoint.settle_config_` does that).
@@ -47,7 +52,9 @@ def remove_masked_(
     """
     structure = structure or inspect_model(model)
     masks = masks_of(model)
-    absent = absent_parts(model, masks, structure, sample)
+    in_place = {*in_place, *(site.name for site in structure.of("layers") if site.in_place)}
+    absent = absent_modules(model, masks, structure, sample, in_place)
+    stepped_over = [block for block in dropped_blocks(structure, masks) if block in absent]
     gone = dropped_modules(structure, masks)
     weights = {
         name: mask for name, mask in masks.weights.items() if not name.startswith(tuple(f"{m}." for m in absent))
@@ -62,19 +69,23 @@ def remove_masked_(
             record.kept_units[key] = int(keep.sum())
     _count_experts(model, structure, masks)
     clear_masks(model)
-    remove_parts_(model, absent)
+    put_absent_(model, absent)
     for key, keep in removed.items():
         site = structure[key]
         if site.target == "layers":
             record.kept_units[key] = int(keep.sum())
-        if site.target == "layers" and not site.branches:
+        if site.target == "layers" and not site.branches and site.name not in in_place:
             record.kept_layers[site.name] = torch.nonzero(keep).reshape(-1).tolist()
             weights = _drop_layers(model, site, record.kept_layers[site.name], weights)
     for site, cache in caches:
         left = ~masks.units.get(site.key, torch.ones(site.n_units, dtype=torch.bool))
         cache.renumber_(
             record.kept_layers.get(site.name, range(len(site.blocks))),
-            [number for number, is_gone in zip(site.numbers, left.tolist(), strict=True) if is_gone],
+            [
+                number
+                for number, is_gone in zip(site.numbers, left.tolist(), strict=True)
+                if is_gone or site.blocks[number] in stepped_over
+            ],
         )
     if weights:
         set_masks(model, KeepMasks(weights=weights))

@@ -67,9 +67,13 @@ def verify(
     watcher = _SiteWatcher(masked, smaller, structure, record)
     worst, n_batches = 0.0, 0
     for batch in batches:
-        with watcher if n_batches == 0 else _Nothing(), _running(f"the masked {type(masked).__name__}"):
+        with (
+            watcher if n_batches == 0 else _Nothing(),
+            _running(f"the masked {type(masked).__name__}"),
+            _same_chance(masked),
+        ):
             expected = _outputs(masked(**batch))
-        with _running(f"the smaller {type(smaller).__name__}"):
+        with _running(f"the smaller {type(smaller).__name__}"), _same_chance(smaller):
             actual = _outputs(smaller(**batch))
         for name, reference in expected.items():
             worst = _worse(worst, _relative_max(actual.get(name), reference))
@@ -107,6 +111,15 @@ def _running(name: str) -> Iterator[None]:
             f"{name} doesn't run without its masked units ({type(error).__name__}: {error}). The model is as it "
             "was; exclude this site, choose sizes with `round_to`, or report its layout."
         ) from error
+
+
+@contextmanager
+def _same_chance(model: nn.Module) -> Iterator[None]:
+    """Models that draw in evaluation too (ViT-MAE's mask) draw the same."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 class _Nothing:

@@ -60,9 +60,9 @@ def find_joins(model: nn.Module, sites: Sequence[Site], batches: Sequence[Mappin
     for site in sites:
         for unit, branch in enumerate(site.branches):
             block, (hidden, call) = branch.block, calls[branch.block]
-            own = branch.output[len(block) + 1 :]
+            own = branch.outputs[0][len(block) + 1 :]
             found = find_branches(model.get_submodule(block), call, hidden, [own]).get(own)
-            if found is None or found.total is None:
+            if len(branch.outputs) > 1 or found is None or found.total is None:
                 raise UnsupportedModelError(
                     f"what {branch.modules[0]} adds to the hidden states can't be told from what {block} makes of it; use "
                     "a criterion that looks at weights, or loss_change"

@@ -95,13 +95,13 @@ def _require_reads(needs: frozenset[str], sites: Sequence[Site | WeightSite]) ->
     for site in sites:
         if needs & NEEDS_OF_READS and isinstance(site, Site) and is_stacked(site):
             raise UnsupportedModelError(
-                f"{site.name} holds the neurons of its experts in stacked weights, so that what is read of each can't be looked "
-                "at; take l1, l2, gradient, loss_change or random, or leave it out with `exclude`"
+                f"{site.name} holds its neurons in stacked weights of experts or in convolutions, so that what is read of each "
+                "can't be looked at; take l1, l2, gradient, loss_change or random, or leave it out with `exclude`"
             )
 
 
 def is_stacked(site: Site | WeightSite) -> bool:
-    """Whether no hook sees where the units are read: neurons of experts in 3-D weights."""
+    """Whether no hook sees where the units are read: neurons of experts in 3-D weights, or between convolutions."""
     return isinstance(site, Site) and site.target == "ffn_neurons" and not site.reads
 
 

@@ -129,7 +129,7 @@ def depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, Se
     built = build(model, config)
     for stack, kept in kept_layers.items():
         depth = None if built is None else len(built.get_submodule(stack))
-        if depth is None or len(model.get_submodule(stack)) == depth:
+        if depth is None or len(kept) == depth or kept[-1] >= depth:
             continue  # a shared block: the number of calls is already in the config
         for path, nested in configs(config):
             lists = {

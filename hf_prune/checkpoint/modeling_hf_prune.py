@@ -85,13 +85,17 @@ class Absent(nn.Module):
     """
 
     def __init__(self, replaced: nn.Module, returns: Returns):
-        super().__init__()
+        nn.Module.__init__(self)  # of none of the classes between
+        self._is_hf_initialized = True  # so that nothing looks for the weights of one that it stands for
         self._returns = returns
         self._arguments = argument_names(replaced)
         weight = replaced._parameters.get("weight")
         is_transposed = isinstance(replaced, transformers.pytorch_utils.Conv1D)
         is_linear = weight is not None and (is_transposed or isinstance(replaced, nn.Linear))
         self._d_out = weight.shape[1 if is_transposed else 0] if weight is not None and is_linear else None
+        # what the model reads of it as it passes by: the kind of its attention, its number
+        plain = {own: value for own, value in vars(replaced).items() if type(value) in (bool, int, float, str)}
+        vars(self).update({own: value for own, value in plain.items() if not own.startswith("_")})
         named = dict(replaced.named_parameters())
         # the last matrix, an output projection: not stacked experts, query, key nor gate, which some models save joined
         matrices = [each for each, parameter in named.items() if parameter.dim() == 2 and "gate" not in each]
@@ -125,6 +129,35 @@ class Absent(nn.Module):
 
     def extra_repr(self) -> str:
         return f"returns={self._returns!r}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stands_for = next(
+            (base for base in type(self).__bases__ if base is not Absent and type(self) is not Absent), None
+        )
+        return _blank, (stands_for,), dict(self.__dict__)
+
+
+def absent(replaced: nn.Module, returns: Returns) -> Absent:
+    """What takes the place of a module that has left.
+
+    One that hands on its input is a whole block, which stays one of its class, and keeps its hooks: by either hidden states
+    are noted behind it.
+    """
+    if (returns[0] if isinstance(returns, list) else returns) == ZEROS:
+        return Absent(replaced, returns)
+    placed = _absent_kind(type(replaced))(replaced, returns)
+    placed._forward_hooks.update(replaced._forward_hooks)
+    placed._forward_hooks_with_kwargs.update(replaced._forward_hooks_with_kwargs)
+    return placed
+
+
+def _absent_kind(stands_for: type[nn.Module] | None) -> type[Absent]:
+    return Absent if stands_for is None else type("Absent", (Absent, stands_for), {"__module__": __name__})
+
+
+def _blank(stands_for: type[nn.Module] | None) -> Absent:
+    kind = _absent_kind(stands_for)
+    return kind.__new__(kind)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -178,7 +211,7 @@ def resize_(model: nn.Module, manifest: Any) -> None:
             _resize_module(module, entry)
         elif absent_returns(module) is None:
             parent, _, child = name.rpartition(".")
-            setattr(own[parent], child, Absent(module, entry["absent"]))
+            setattr(own[parent], child, absent(module, entry["absent"]))
 
 
 def keep_blocks_(model: nn.Module, name: str, kept: list[int]) -> None:
@@ -315,10 +348,10 @@ def _shared(module: nn.Module, field: str) -> Any:
 
 
 def _check_absent(name: str, module: nn.Module, returns: Any) -> None:
-    is_in_a_block = any(part.isdigit() for part in name.split(".")[:-1])
-    if not is_in_a_block or (absent_returns(module) is None and next(module.parameters(), None) is None):
+    is_of_a_block = any(part.isdigit() for part in name.split("."))
+    if not is_of_a_block or (absent_returns(module) is None and next(module.parameters(), None) is None):
         raise ManifestError(
-            f"the manifest says that {_name(name)!r} has left, which holds no parameter or is no part of a block"
+            f"the manifest says that {_name(name)!r} has left, which holds no parameter or is no block, nor part of one"
         )
     known = (ZEROS, *argument_names(module))
     each = returns if isinstance(returns, list) and 0 < len(returns) <= 16 else [returns]
@@ -374,6 +407,8 @@ def set_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(weight.shape)[-len(module.normalized_shape) :]
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        module.num_features = weight.shape[0]
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
         if module.groups == module.in_channels == module.out_channels:  # depthwise: a group for each channel
             module.groups = module.in_channels = weight.shape[0]

@@ -89,6 +89,46 @@ def settle_config_(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -
     return _settle(model, {}, {**earlier, **now})
 
 
+def in_place(model: nn.Module, kept_layers: Mapping[str, Sequence[int]]) -> set[str]:
+    """The stacks, of those that lose layers, of which no stock config says what they are left with.
+
+    Fewer layers by the config would be others than those that stay (what a block is follows from its number), or leave
+    something else out (heads beside each layer). Steps over what left keep all numbers.
+
+    Args:
+        model: before removal.
+        kept_layers: for each stack that loses layers, the numbers of those that stay.
+    """
+    if not isinstance(model, PreTrainedModel) or kept_blocks(model.config):
+        return set()
+    return {stack for stack, kept in kept_layers.items() if not _says_fewer(model, {stack: kept})}
+
+
+def _says_fewer(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]]) -> bool:
+    config = plain_copy(model.config)
+    try:
+        depth = depth_edit(model, config, kept_layers)
+    except UnsupportedModelError:
+        return False
+    full, fewer = build(model, config), build(model, edited(config, depth))
+    if full is None or fewer is None or not depth:
+        return full is not None and not depth  # a shared block
+    if _constant_of_depth(full, fewer, kept_layers):
+        return False
+    before, after = dict(full.named_parameters()), dict(fewer.named_parameters())
+    gone = tuple(
+        f"{stack}.{number}."
+        for stack, kept in kept_layers.items()
+        for number in range(len(full.get_submodule(stack)))
+        if number not in kept
+    )
+    old = {_old_name(name, kept_layers): parameter for name, parameter in after.items()}
+    stays = {name for name in before if not name.startswith(gone)}
+    first = tuple(owned for owned, _ in OWNED_BY_FIRST_BLOCK)  # handed on
+    differing = {name for name in stays ^ old.keys() if not any(f".{owned}." in name for owned in first)}
+    return not differing and all(before[name].shape == old[name].shape for name in stays & old.keys())
+
+
 def _tell_depth_(caller: Any, n_blocks: int) -> None:
     """What goes through its blocks by a number of the config gets a view of the config with their number."""
     fields = [name for name in DEPTH_FIELDS if reads_config(source_of(caller), name)]
@@ -154,7 +194,7 @@ def _settle(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]], li
     if listed:
         return Verdict("hf_prune", f"no stock config says which blocks {', '.join(listed)} are left with", said)
     if n_absent := sum("absent" in entry for entry in manifest["modules"].values()):
-        return Verdict("hf_prune", f"no stock config says that {n_absent} modules have left layers that stay", said)
+        return Verdict("hf_prune", f"no stock config says which {n_absent} layers, or parts of them, have left", said)
     n_modules = len(manifest["modules"])
     which = "some of which have a bias more" if has_new_biases else "which differ by layer"
     return Verdict("hf_prune", f"no stock config says the sizes of {n_modules} modules, {which}", said)

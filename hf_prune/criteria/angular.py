@@ -18,7 +18,7 @@ from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.reduction import raise_together, sum_over_processes
 from hf_prune.calibration.statistics import Statistics
 from hf_prune.criteria.base import no_weights
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
@@ -57,7 +57,7 @@ class Angular:
         Raises:
             CalibrationError: hidden states are not finite.
         """
-        runs = {site.key: _runs(there[site.key], n_removed[site.key]) for site in sites}
+        runs = {site.key: _runs(site, there[site.key], n_removed[site.key]) for site in sites}
         sums = {key: torch.zeros(len(of_site) + 1, dtype=torch.float64) for key, of_site in runs.items()}  # and tokens
         error: CalibrationError | None = None
         with evaluation(model, seed), torch.no_grad():
@@ -82,11 +82,22 @@ class Angular:
         return scores
 
 
-def _runs(there: Tensor, n_removed: int) -> list[list[int]]:
-    """The runs of `n_removed` (at least one) consecutive layers among those that are there."""
+def _runs(site: Site, there: Tensor, n_removed: int) -> list[list[int]]:
+    """The runs of `n_removed` (at least one) consecutive layers among those that are there, none across one that has to stay.
+
+    Raises:
+        RecipeError: no run is as long.
+    """
     units = torch.nonzero(there).reshape(-1).tolist()
     length = min(max(1, n_removed), len(units))
-    return [units[start : start + length] for start in range(len(units) - length + 1)]
+    runs = [units[start : start + length] for start in range(len(units) - length + 1)]
+    runs = [run for run in runs if not any(run[0] < number < run[-1] for number, _ in site.fixed)]
+    if not runs:
+        raise RecipeError(
+            f"criterion angular: no {length} consecutive layers of {site.name} can leave, since "
+            f"{', '.join(str(number) for number, _ in site.fixed)} have to stay; ask for fewer, or take block_influence"
+        )
+    return runs
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class StepPlanner:
             if not is_inside(site, dropped)
         ]
         leaving = [site.key for site in self.structure if is_inside(site, dropped)]
-        eligible = {site.key: units_there(self.structure, self.kept, site) for site in sites}
+        eligible = {site.key: units_there(self.structure, self.kept, site) & site.can_leave for site in sites}
         gone = {key: ~keep for key, keep in before.units.items() if key in eligible}
         choose = partial(
             choose_units,

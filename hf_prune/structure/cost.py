@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune.structure.layouts import OWNED_BY_FIRST_BLOCK
-from hf_prune.structure.naming import is_linear, is_within
+from hf_prune.structure.naming import is_linear, is_pointwise, is_within
 from hf_prune.structure.sites import ModelStructure, Site
 
 
@@ -130,7 +130,7 @@ def _products(
 ) -> Iterator[tuple[str, float]]:
     """For each linear layer of a site, its name and the MACs of one unit in it."""
     for piece, entries in zip(site.slices, sizes.of_unit(model, site), strict=True):
-        if piece.tensor == "weight" and is_linear(model.get_submodule(piece.module)):
+        if piece.tensor == "weight" and is_pointwise(model.get_submodule(piece.module)):
             yield piece.module, counted.get(piece.module, 0) * entries / model.get_parameter(piece.name).numel()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_prune.structure.layouts import (
     FEED_FORWARD_WIDTH_NAMES,
@@ -36,7 +37,7 @@ def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
 def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
     """The layout of the feed-forward `name`, if it is one by names and widths: d_model -> d_ff -> d_model."""
     for layout in feed_forward_layouts():
-        if all(is_linear(names.get(name, part)) for part in layout.parts):
+        if all(_is_projection(names.get(name, part), layout.convolved) for part in layout.parts):
             *inputs, output = (names.modules[names.resolve(name, part)] for part in layout.parts)
             widths = {d_out(module) for module in inputs}
             d_ff = d_in(output)
@@ -44,14 +45,19 @@ def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
             if (
                 alike
                 and d_in(inputs[0]) == d_out(output)
-                and _is_alone(names.modules[name], layout, d_out(output) < d_ff)
+                and _is_alone(names.modules[name], layout, d_out(output) < d_ff or not is_linear(output))
             ):
                 return layout
     return None
 
 
+def _is_projection(module: nn.Module | None, may_be_convolved: bool) -> bool:
+    convolutions = (nn.Conv1d, nn.Conv2d)
+    return is_linear(module) or (may_be_convolved and isinstance(module, convolutions) and module.groups == 1)
+
+
 def _is_alone(module: nn.Module, layout: FeedForwardLayout, widens: bool) -> bool:
-    """Of names that mean little: whether nothing else is there, and what is there widens (an adapter or a squeeze narrows)."""
+    """Of names that mean little: whether nothing else is there, and what is there widens (an adapter narrows), or is convolved."""
     others = (child for own, child in module.named_children() if own not in layout.parts)
     return not layout.alone or (
         widens and not module._parameters and not any(True for child in others for _ in child.parameters())
@@ -66,16 +72,18 @@ def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site:
     spans = tuple(Span(part * d_ff, 1) for part in range(d_out(inputs[0][1]) // d_ff))
     slices = [piece for part, linear in inputs for piece in writing_slices(part, linear, spans)]
     slices.append(reading_slice(output_name, output, Span(0, 1)))
-    norms = []
+    norms, buffers = [], []
     if d_ff != d_out(output):  # where widths can tell what is over neurons from what is over d_model
-        for path, child in _between(module, {names.resolve("", part) for part in layout.parts}):
-            full = names.resolve(name, path)
-            if isinstance(child, (nn.Conv1d, nn.Conv2d)) and child.groups == child.in_channels == d_ff:
-                slices += [*writing_slices(full, child, (Span(0, 1),))]  # depthwise: (d_ff, 1, …)
-            elif weight_of(child).numel() == d_ff:
+        for path, child in _beside(module, {names.resolve("", part) for part in layout.parts}, d_ff):
+            full, weight = names.resolve(name, path), weight_of(child)
+            if _is_by_channel(child, d_ff):
+                slices += writing_slices(full, child, (Span(0, 1),))  # by channel: (d_ff, 1, …) and (d_ff,)
+                kept = [own for own, each in child.named_buffers() if each.dim()]  # the statistics of a batch norm
+                buffers += [TensorSlice(full, own, 0, (Span(0, 1),), writes=True) for own in kept]
+            elif weight.numel() == d_ff:
                 norms.append(_folded(full, child))
                 slices.append(TensorSlice(full, "weight", 0, (Span(0, 1),), writes=True))
-            elif d_ff in weight_of(child).shape:
+            elif d_ff in weight.shape:
                 raise _Refused(
                     f"it also holds {path} ({type(child).__name__}) over all neurons, whose role is unknown"
                 )
@@ -92,19 +100,29 @@ def _site(names: ModuleNames, name: str, layout: FeedForwardLayout) -> Site:
         tuple(slices),
         tuple(attributes),
         tuple(norms),
-        reads=(Read(output_name, Span(0, 1)),),
+        # of a convolution no hook sees where units are read as its last dimension
+        reads=(Read(output_name, Span(0, 1)),) if is_linear(output) else (),
+        holder="" if is_linear(output) else name,
+        buffers=tuple(buffers),
     )
 
 
-def _between(module: nn.Module, parts: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with a weight beside the projections, of the module itself and of what wraps one such (a depthwise convolution)."""
+def _beside(module: nn.Module, parts: set[str], d_ff: int) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with a weight beside the projections: the module's own, what wraps one such, a projection's or a channel's norm."""
     for name, child in module.named_children():
         inside = [(f"{name}.{path}" if path else name, inner) for path, inner in child.named_modules()]
-        if any(path in parts for path, _ in inside):
-            continue
         weighted = [(path, inner) for path, inner in inside if inner._parameters.get("weight") is not None]
-        if len(weighted) == 1:
-            yield weighted[0]
+        others = [(path, inner) for path, inner in weighted if path not in parts]
+        by_channel = all(_is_by_channel(inner, d_ff) for _, inner in weighted)
+        if len(weighted) == 1 or by_channel or len(others) < len(weighted):
+            yield from others
+
+
+def _is_by_channel(module: nn.Module, d_ff: int) -> bool:
+    """A depthwise convolution, or a batch norm, over the neurons."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return module.groups == module.in_channels == d_ff
+    return isinstance(module, _BatchNorm) and module.num_features == d_ff
 
 
 def _folded(name: str, norm: nn.Module) -> FullWidthNorm:

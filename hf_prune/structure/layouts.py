@@ -71,11 +71,13 @@ class FeedForwardLayout:
         inputs: the projection that widens, or gate and up.
         output: the projection back.
         alone: for names that other modules have too (state space mixers): nothing else with a weight may be beside them.
+        convolved: the projections may be convolutions.
     """
 
     inputs: tuple[str, ...]
     output: str
     alone: bool = False
+    convolved: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -155,7 +157,7 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("up_proj",), output="down_proj"),  # Apertus, Nemotron
     FeedForwardLayout(inputs=("gate_proj.linear", "up_proj.linear"), output="down_proj.linear"),  # Gemma 4's towers
     FeedForwardLayout(inputs=("intermediate.dense",), output="output.dense"),  # BERT
-    FeedForwardLayout(inputs=("fc1",), output="fc2"),  # OPT, BART, ViT, CLIP, Whisper
+    FeedForwardLayout(inputs=("fc1",), output="fc2", convolved=True),  # OPT, BART, ViT, CLIP, Whisper
     FeedForwardLayout(inputs=("fc1.proj",), output="fc2"),  # CLVP, whose input is gate and up
     FeedForwardLayout(inputs=("c_fc",), output="c_proj"),  # GPT-2
     FeedForwardLayout(inputs=("c_fc_0", "c_fc_1"), output="c_proj"),  # EXAONE
@@ -167,7 +169,6 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("Wi",), output="Wo"),  # ModernBERT
     FeedForwardLayout(inputs=("w1", "w3"), output="w2"),  # LFM2
     FeedForwardLayout(inputs=("w1",), output="w2"),
-    FeedForwardLayout(inputs=("w_in",), output="w_out"),  # CPM-Ant, where w_in is a gated pair
     FeedForwardLayout(inputs=("weights_in",), output="weights_out"),  # DINOv2's SwiGLU
     FeedForwardLayout(inputs=("linear1",), output="linear2"),  # conformers
     FeedForwardLayout(inputs=("linear_1",), output="linear_2"),
@@ -194,7 +195,21 @@ FEED_FORWARD_LAYOUTS: tuple[FeedForwardLayout, ...] = (
     FeedForwardLayout(inputs=("visn_inter.dense",), output="visn_output.dense"),
     FeedForwardLayout(inputs=("dense.dense",), output="output.dense"),  # Reformer
     FeedForwardLayout(inputs=("gate_proj",), output="down_proj"),  # TimesFM, which has no other input
-    FeedForwardLayout(inputs=("0",), output="2", alone=True),  # a plain sequence: CTRL, perceivers, X-CLIP
+    # PoolFormer, FastSpeech 2, squeeze and excitation
+    FeedForwardLayout(inputs=("conv1",), output="conv2", alone=True, convolved=True),
+    FeedForwardLayout(
+        inputs=("channel_conv1.convolution",), output="channel_conv2.convolution", convolved=True
+    ),  # PP-OCR
+    FeedForwardLayout(inputs=("reduce",), output="expand", convolved=True),  # EfficientNet's squeeze and excitation
+    FeedForwardLayout(
+        inputs=("expand_1x1.convolution",), output="reduce_1x1.convolution", convolved=True
+    ),  # MobileNet v2
+    FeedForwardLayout(inputs=("point_wise_conv1",), output="point_wise_conv2", convolved=True),  # SwiftFormer
+    FeedForwardLayout(inputs=("linear_up.linear",), output="linear_down.linear"),  # LeViT
+    FeedForwardLayout(inputs=("w_in.w_0", "w_in.w_1"), output="w_out"),  # CPM-Ant
+    FeedForwardLayout(
+        inputs=("0",), output="2", alone=True, convolved=True
+    ),  # a plain sequence: CTRL, perceivers, X-CLIP
     FeedForwardLayout(inputs=("0",), output="3", alone=True),  # with dropout between
 )
 

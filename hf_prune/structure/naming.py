@@ -134,5 +134,17 @@ def is_within(name: str, module: str) -> bool:
     return f"{name}.".startswith(f"{module}.")
 
 
+def is_absent(module: nn.Module) -> bool:
+    """Whether it stands for one that has left: by name, since checkpoints bring a file of their own that defines it."""
+    return type(module).__name__ == "Absent"
+
+
 def is_linear(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_pointwise(module: nn.Module | None) -> bool:
+    """A linear layer, or a convolution that sees one position at a time."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return set(module.kernel_size) == {1} and module.groups == 1
+    return is_linear(module)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from hf_prune.structure import attention, experts, feed_forward, layouts
+from hf_prune.structure import attention, experts, feed_forward, layers, layouts
 from hf_prune.structure.layers import Stacks
-from hf_prune.structure.naming import ModuleNames, d_out, is_within, weight_of
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_within, weight_of
 from hf_prune.structure.sites import Branch, Part, Refusal, Site
 
 
@@ -44,6 +44,7 @@ def find_sites(names: ModuleNames, stacks: Stacks, refused: Sequence[Refusal] = 
 
 def _sites(names: ModuleNames, name: str, blocks: tuple[str, ...], part: Part) -> Iterator[Site | Refusal]:
     is_shared = len(set(blocks)) < len(blocks)
+    resizing = {blocks[number]: reason for number, reason in layers.resizing(names, name, blocks)}
     branches, is_told = [], False
     for block in dict.fromkeys(blocks):
         found = _attentions(names, block) if part == "attention" else _feed_forwards(names, block)
@@ -52,9 +53,9 @@ def _sites(names: ModuleNames, name: str, blocks: tuple[str, ...], part: Part) -
         try:
             if is_shared:
                 raise _Refused(f"{block} is called {len(blocks)} times, so that its parts are one for all calls")
-            if len(found) > 1:
-                raise _Refused(f"the block holds {len(found)} of them: {', '.join(module for module, _, _ in found)}")
-            branches.append(_branch(names, block, part, *found[0]))
+            if block in resizing:
+                raise _Refused(f"the block {resizing[block]}")
+            branches.append(_branch(names, block, part, found))
         except _Refused as reason:
             is_told = True
             yield Refusal("layers", block, str(reason), part)
@@ -91,6 +92,9 @@ def _feed_forwards(names: ModuleNames, block: str) -> list[tuple[str, list[str],
         layout = feed_forward.matching(names, name)
         if layout and not any(is_within(name, mixture) for mixture in mixtures):
             projections = [names.resolve(name, part) for part in layout.parts]
+            output = names.modules[projections[-1]]
+            if not is_linear(output) and (name == block or d_in(output) < d_out(output)):
+                continue  # convolutions of the block itself; a gate (squeeze and excitation), which adds nothing
             whole = name != block and not _holds_norm(names.modules[name], d_out(names.modules[projections[-1]]))
             found.append((name, [name] if whole else projections, projections[-1]))
     return found
@@ -104,32 +108,39 @@ def _holds_norm(module: nn.Module, d_model: int) -> bool:
     )
 
 
-def _branch(names: ModuleNames, block: str, part: Part, name: str, held: list[str], output: str) -> Branch:
-    config = names.config_of(block)
-    if part == "attention":
-        try:
-            attention.refuse_swapped(names, name)
-        except attention.Refused as reason:
-            raise _Refused(str(reason)) from reason
-        for switch in layouts.LAYER_NUMBER_SWITCHES:
-            if getattr(config, switch, None):
-                raise _Refused(
-                    f"config.{switch} makes an attention's function depend on its number, which caches count by"
-                )
-        for owned, _ in layouts.OWNED_BY_FIRST_BLOCK:
-            if isinstance(names.get(name, owned), nn.Module):
-                raise _Refused(
-                    f"its {owned} serves all blocks of the stack; drop the whole block, and the next inherits it"
-                )
+def _branch(names: ModuleNames, block: str, part: Part, found: list[tuple[str, list[str], str]]) -> Branch:
+    """All that a block holds of a part, which leaves together: a conformer has two feed-forwards, others experts beside one."""
+    held = list(dict.fromkeys(module for _, modules, _ in found for module in modules))
+    held = [module for module in held if not any(module != other and is_within(module, other) for other in held)]
     prefixes = tuple(f"{module}." for module in held)
-    around = names.parent(name)
-    while around != block and name != block:
-        if not isinstance(names.modules[around], nn.ModuleList):
-            for other, parameter in names.modules[around].named_parameters(around):
-                if parameter.dim() > 1 and not other.startswith(prefixes):
-                    raise _Refused(f"{around} also holds {other}, which would stay")
-        around = names.parent(around)
+    for name, _, _ in found:
+        if part == "attention":
+            _refuse_odd_attention(names, block, name)
+        around = names.parent(name)
+        while around != block and name != block:
+            if not isinstance(names.modules[around], nn.ModuleList):
+                for other, parameter in names.modules[around].named_parameters(around):
+                    if parameter.dim() > 1 and not other.startswith(prefixes):
+                        raise _Refused(f"{around} also holds {other}, which would stay")
+            around = names.parent(around)
     parameters = tuple(
         other for module in held for other, _ in names.modules[module].named_parameters(module, remove_duplicate=False)
     )
-    return Branch(block, tuple(held), output, parameters)
+    return Branch(block, tuple(held), tuple(dict.fromkeys(output for _, _, output in found)), parameters)
+
+
+def _refuse_odd_attention(names: ModuleNames, block: str, name: str) -> None:
+    try:
+        attention.refuse_swapped(names, name)
+    except attention.Refused as reason:
+        raise _Refused(str(reason)) from reason
+    for switch in layouts.LAYER_NUMBER_SWITCHES:
+        if getattr(names.config_of(block), switch, None):
+            raise _Refused(
+                f"config.{switch} makes an attention's function depend on its number, which caches count by"
+            )
+    for owned, _ in layouts.OWNED_BY_FIRST_BLOCK:
+        if isinstance(names.get(name, owned), nn.Module):
+            raise _Refused(
+                f"its {owned} serves all blocks of the stack; drop the whole block, and the next inherits it"
+            )

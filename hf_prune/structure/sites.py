@@ -110,12 +110,12 @@ class Branch:
     """One block's part: what it adds to the residual stream becomes zero when its `parameters` do.
 
     `modules` are what holds them and leaves: the attention or feed-forward itself, or its projections where the block
-    holds those; `output` is the projection that writes last.
+    holds those; `outputs` are the projections that write last, of each attention or feed-forward of the block.
     """
 
     block: str
     modules: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
@@ -132,6 +132,10 @@ class Site:
     reads: tuple[Read, ...] = ()
     # target `layers` only: the blocks in call order (one name repeated where a block is shared)
     blocks: tuple[str, ...] = ()
+    # of those the ones that have to stay, by number, each with the reason
+    fixed: tuple[tuple[int, str], ...] = ()
+    # whether others are told by their places: then what leaves is stepped over, and those behind it don't move up
+    in_place: bool = False
     # parts of layers only: what leaves with each unit, in the order of their blocks; a block may have no such part
     part: Part = "block"
     branches: tuple[Branch, ...] = ()
@@ -161,6 +165,13 @@ class Site:
     def places(self) -> tuple[str, ...]:
         """The modules that read the units, or hold them whole."""
         return tuple(read.module for read in self.reads) or ((self.holder,) if self.holder else ())
+
+    @property
+    def can_leave(self) -> Tensor:
+        """False for the units that are fixed: bool, (n_units,)."""
+        mask = torch.ones(self.n_units, dtype=torch.bool)
+        mask[[number for number, _ in self.fixed]] = False
+        return mask
 
     @property
     def is_shared(self) -> bool:

@@ -31,6 +31,13 @@ def structure_table(structure: ModelStructure) -> str:
         f"{structure.model_class}: {structure.n_parameters:,} parameters, {_macs(structure)}", soft_wrap=True
     )
     console.print(table)
+    stay = {
+        (site.kind, number, _without_numbers(site.name), reason)
+        for site in structure.sites
+        for number, reason in site.fixed
+    }
+    for target, number, name, reason in sorted(stay):
+        console.print(f"has to stay: {number} of the {target} of {name}: it {reason}", soft_wrap=True, markup=False)
     reasons = sorted(
         {(refusal.kind, _without_numbers(refusal.name), refusal.reason) for refusal in structure.refusals}
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_within
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_pointwise, is_within
 from hf_prune.structure.sites import Part, Refusal, Site
 
 
@@ -70,21 +70,17 @@ def _widening_pair(names: ModuleNames, name: str, module: nn.Module, covered: se
         f"{own}.{path}" if path else own: each
         for own, child in module.named_children()
         for path, each in ((path, each) for path, each in child.named_modules() if path.count(".") < 2)
-        if _is_map(each) and names.resolve(name, f"{own}.{path}" if path else own) not in covered
+        if is_pointwise(each)
+        and not (path and isinstance(module, nn.ModuleList))
+        and names.resolve(name, f"{own}.{path}" if path else own) not in covered
     }
     for first, widens in maps.items():
         for second, narrows in maps.items():
             n, d = d_in(narrows), d_out(narrows)
-            # of linear layers d -> n -> d with n <= d may be anything; two convolutions of single positions are one thing
-            is_wide = n > d or not (is_linear(widens) or is_linear(narrows))
+            # of linear layers d -> n -> d with n <= d may be anything, unless it says; two convolutions of single positions are
+            # one thing
+            is_wide = n > d or "MLP" in type(module).__name__ or not (is_linear(widens) or is_linear(narrows))
             leads_back = d_in(widens) == d and (d_out(widens) == 2 * n >= 2 * d or (d_out(widens) == n and is_wide))
             if first.partition(".")[0] != second.partition(".")[0] and leads_back:
                 return first, second
     return None
-
-
-def _is_map(module: nn.Module) -> bool:
-    """A linear layer, or a convolution that sees one position at a time."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return set(module.kernel_size) == {1} and module.groups == 1
-    return is_linear(module)

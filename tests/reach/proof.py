@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_prune import apply_, make_plan, prune_
-from hf_prune.apply.shrink import remove_masked_
-from hf_prune.apply.verify import verify
-from hf_prune.checkpoint import settle_config_
 from hf_prune.errors import PruneError
+from hf_prune.pipeline import smaller_copy
 from hf_prune.plan import PruningPlan
 from hf_prune.structure import ModelStructure, inspect_model
 from hf_prune.structure.cost import parameter_costs
@@ -125,12 +123,12 @@ def _proven(subject: Subject, target: str, scope: str, held: Mapping[str, list[s
     if kind == "weights":
         _check_weights(subject, plan, masked)
     else:
-        record = remove_masked_(smaller, sample=subject.inputs)
-        settle_config_(smaller, record.kept_layers)
-        if subject.can["repeat"]:
-            verify(masked, smaller, subject.structure, record, [subject.inputs], "calibration")
-            if not _same(reference, outputs(smaller, subject.inputs), END_TO_END[next(masked.parameters()).dtype]):
-                raise Wrong("masked and smaller model differ")
+        batches = [subject.inputs] if subject.can["repeat"] else []
+        smaller, _, _ = smaller_copy(masked, subject.structure, batches, sample=subject.inputs)
+        if subject.can["repeat"] and not _same(
+            reference, outputs(smaller, subject.inputs), END_TO_END[next(masked.parameters()).dtype]
+        ):
+            raise Wrong("masked and smaller model differ")
         _check_count(subject, plan, smaller)
     if subject.can["repeat"] and _same(reference, outputs(subject.model, subject.inputs), 0.0):
         raise Wrong("what was removed changes no output of the model")
