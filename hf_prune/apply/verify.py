@@ -194,9 +194,10 @@ class _SiteWatcher:
 
 
 def _container(model: nn.Module, site: Site) -> str:
-    """The smallest module that holds all of a site's tensors and can be called."""
+    """The smallest module that holds all of a site's tensors and numbers and can be called."""
     shared = []
-    for parts in zip(*(piece.module.split(".") for piece in site.slices), strict=False):
+    held = [piece.module for piece in site.slices] + [number.module for number in site.attributes]
+    for parts in zip(*(name.split(".") for name in held), strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])

@@ -406,7 +406,7 @@ def set_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(weight.shape)
+        module.normalized_shape = tuple(weight.shape)[-len(module.normalized_shape) :]
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         module.num_features = weight.shape[0]
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):

@@ -30,19 +30,26 @@ class Heads:
     d_head: int  # of queries and keys
     d_value: int  # of values, and of what the output projection reads
     slices: list[TensorSlice]
+    n_groups: int = 1  # of the output projection, which reads each by itself
 
     @property
     def n_units(self) -> int:
-        """With one key/value head for all, the unit is a query head."""
-        return self.n_heads if self.n_kv_heads == 1 else self.n_kv_heads
+        """With one key/value head for all, the unit is a query head; where the output is grouped, one of each group."""
+        return (self.n_heads if self.n_kv_heads == 1 else self.n_kv_heads) // self.n_groups
+
+    def spans(self, entries: int) -> tuple[Span, ...]:
+        """Where the units are along a dimension whose `entries` all heads share evenly."""
+        return _in_groups(entries, self.n_groups, self.n_units)
 
 
 def heads_of(names: ModuleNames, name: str, layout: AttentionLayout, width: int) -> Heads:
-    """The heads of the attention `name`, whose output projection reads `width` = n_heads d_value entries.
+    """The heads of the attention `name`, whose output projection reads `width` = n_heads d_value entries, or those of a group.
 
     Raises:
         Refused: the widths don't fit the layout.
     """
+    if layout.latent and not layout.key_value:
+        return _grouped(names, name, layout, width)
     n_heads = _n_heads(names, name, layout, width)
     if layout.latent:
         return _headwise(names, name, layout, n_heads, width // n_heads)
@@ -66,6 +73,8 @@ def _n_heads(names: ModuleNames, name: str, layout: AttentionLayout, width: int)
 
 
 def _separate(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: int, d_value: int) -> Heads:
+    if not layout.value and not layout.key_value:
+        return _queries(names, name, layout, n_heads, d_value)
     query, d_values = names.modules[names.resolve(name, layout.query)], _d_values(names, name, layout)
     n_kv_heads = _kv_heads(d_values, d_value, n_heads)
     d_keys = d_values if layout.key_value else d_out(names.modules[names.resolve(name, layout.key)])
@@ -73,6 +82,9 @@ def _separate(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: i
     # twice as many query entries are queries and a gate, head by head (Qwen3-Next)
     if rest or d_out(query) not in (n_heads * d_head, 2 * n_heads * d_head):
         raise Refused("keys and values differ in width, or queries from the output: not multi-head attention")
+    size = number(names.modules[name], layouts.HEAD_SIZE_NAMES)
+    if size and d_head < d_value == size[1]:
+        raise Refused(f"keys have {d_keys // d_value} heads of {d_value}, values {n_kv_heads}")
     n_rep = n_heads // n_kv_heads
     spans: _Spans = {layout.query: (Span(0, n_rep * d_out(query) // n_heads),)}
     if layout.key_value:
@@ -89,6 +101,14 @@ def _separate(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: i
     return Heads(n_heads, n_kv_heads, d_head, d_value, _written(names, name, spans))
 
 
+def _queries(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: int, d_head: int) -> Heads:
+    """Of an attention that takes another's keys and values, which leave there."""
+    groups = number(names.modules[name], layouts.KV_GROUPS_NAMES)
+    n_kv_heads = n_heads // (groups[1] if groups else 1)
+    spans: _Spans = {layout.query: (Span(0, (n_heads // n_kv_heads if n_kv_heads > 1 else 1) * d_head),)}
+    return Heads(n_heads, n_kv_heads, d_head, d_head, _written(names, name, spans))
+
+
 def _d_values(names: ModuleNames, name: str, layout: AttentionLayout) -> int:
     """How many entries the values of all heads have."""
     return d_out(names.modules[names.resolve(name, layout.value or layout.key_value)]) // (1 if layout.value else 2)
@@ -101,6 +121,23 @@ def _headwise(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: i
         raise Refused(f"a projection from the latent state is no multiple of {n_heads} heads")
     spans: _Spans = {part: (Span(0, entries // n_heads),) for part, entries in parts.items()}
     return Heads(n_heads, n_heads, parts[layout.query] // n_heads, d_value, _written(names, name, spans))
+
+
+def _grouped(names: ModuleNames, name: str, layout: AttentionLayout, width: int) -> Heads:
+    """One key/value head, and an output projection that reads `width` entries of each group of heads by itself."""
+    groups = number(names.modules[names.resolve(name, layout.output)], layouts.OUTPUT_GROUPS_NAMES)
+    n_groups = groups[1] if groups else 1
+    n_heads = _n_heads(names, name, layout, n_groups * width)
+    d_head = n_groups * width // n_heads
+    if n_heads % n_groups or d_out(names.modules[names.resolve(name, layout.query)]) != n_heads * d_head:
+        raise Refused(f"{n_heads} heads don't fit the output's {n_groups} groups")
+    spans: _Spans = {layout.query: _in_groups(n_heads * d_head, n_groups, n_heads // n_groups)}
+    return Heads(n_heads, 1, d_head, d_head, _written(names, name, spans), n_groups)
+
+
+def _in_groups(entries: int, n_groups: int, n_units: int) -> tuple[Span, ...]:
+    of_group = entries // n_groups
+    return tuple(Span(group * of_group, of_group // n_units) for group in range(n_groups))
 
 
 def _fused(names: ModuleNames, name: str, layout: AttentionLayout, n_heads: int, d_head: int) -> Heads:

@@ -39,6 +39,7 @@ class AttentionLayout:
         latent: what makes the low-rank states that all heads read and that stays; the projections then differ in entries a
             head, and each is laid out head by head.
         extra: further per-head projections that may be there.
+        flag: of the module that holds them, that must be true; of attentions that take another's keys, without `key` and `value`.
         bias_table: a per-head embedding that block 0 owns and hands to the whole stack, so that its heads leave every block of
             the stack together.
     """
@@ -53,6 +54,7 @@ class AttentionLayout:
     latent: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     bias_table: str = ""
+    flag: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -94,11 +96,14 @@ _INPUTS = (
     ("q_proj.linear", "k_proj.linear", "v_proj.linear"),  # Moshi, Gemma 4's towers
     ("to_q", "to_k", "to_v"),
     ("Wq", "Wk", "Wv"),  # CTRL
+    ("projection_query", "projection_key", "projection_value"),  # CvT
+    ("q_head", "k_head", "v_head"),  # Funnel
     ("q", "k", "v"),  # MPNet, Qwen2.5-Omni's tower
 )
 _OUTPUTS = (
     *("o_proj", "out_proj", "dense", "proj", "projection", "projection_layer", "out_lin", "linear_out", "output_proj"),
     *("Wo", "o_proj.linear", "to_out", "attention_out", "o", "post.linear", "output_projection.o_proj", "output"),
+    "post_proj",
 )
 _SIBLING_OUTPUTS = ("../output.dense", "../output", "../post")
 
@@ -109,11 +114,21 @@ ATTENTION_LAYOUTS: tuple[AttentionLayout, ...] = (
         AttentionLayout(query=query, key=key, value=value, output=output)
         for (query, key, value), output in product(_INPUTS, (*_OUTPUTS, *_SIBLING_OUTPUTS))
     ),
+    # Gemma 3n's last layers
+    AttentionLayout(query="q_proj", output="o_proj", flag="is_kv_shared_layer"),
     # DeepSeek's latent attention
     *(
         AttentionLayout(query=query, key_value="kv_b_proj", output="o_proj", latent=latent)
-        for query, latent in (("q_b_proj", ("q_a_proj", "kv_a_proj_with_mqa")), ("q_proj", ("kv_a_proj_with_mqa",)))
+        for query, latent in (
+            ("q_b_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+            ("q_gate_proj", ("q_a_proj", "kv_a_proj_with_mqa")),  # A.X K2
+            ("q_proj", ("kv_a_proj_with_mqa",)),
+        )
     ),
+    # DeepSeek V4's, with one key/value head and a grouped output
+    AttentionLayout(query="q_b_proj", output="o_a_proj", latent=("q_a_proj", "kv_proj", "o_b_proj")),
+    # the same from a latent state of another block (Mistral Large 4)
+    AttentionLayout(query="q_proj", key_value="kv_b_proj", output="o_proj", latent=("kv_b_proj",)),
     # Granite's speech encoder
     AttentionLayout(query="to_q", key_value="to_kv", output="to_out", orders=(("", "stacked"),)),
     # GPT-2
@@ -206,11 +221,22 @@ HEAD_COUNT_NAMES = (
     *("num_global_attention_heads", "encoder_attention_heads", "decoder_attention_heads"),
 )
 KV_HEAD_COUNT_NAMES = ("num_key_value_heads", "num_kv_heads")
+OUTPUT_GROUPS_NAMES = ("n_groups",)  # of an output projection
+KV_GROUPS_NAMES = ("num_key_value_groups",)  # queries per key
 KV_WIDTH_NAMES = ("kv_dim", "key_value_dim")
 # Widths that count all query heads' entries and are used to split or reshape.
 ALL_HEADS_WIDTH_NAMES = ("all_head_size", "inner_dim", "split_size", "q_dim", "head_size")
 # The same where code reshapes by them; elsewhere they are the width of the model.
-PERHAPS_WIDTH_NAMES = ("embed_dim", "hidden_size", "d_model", "dim", "hidden_dim", "qkv_dim", "attention_dim")
+PERHAPS_WIDTH_NAMES = (
+    "embed_dim",
+    "hidden_size",
+    "d_model",
+    "dim",
+    "hidden_dim",
+    "qkv_dim",
+    "attention_dim",
+    "hidden_size_output",
+)
 
 # What feed-forward modules call d_ff.
 FEED_FORWARD_WIDTH_NAMES = ("intermediate_size", "ffn_dim", "hidden_dim", "d_ff")
@@ -272,23 +298,53 @@ PER_HEAD_PARAMETERS = {
     "lambda_per_head": 0,
     "head_scale": 0,
     "gate_bias": 0,
+    "r_kernel": 1,  # Funnel
+    "r_s_bias": 0,
+    "seg_embed": 1,
+    "A": 0,  # Doge, of key/value heads
 }
-# Modules inside an attention that hold such a parameter: path -> (parameter, dimension of heads).
+# Modules inside an attention, or beside it, that hold such parameters: path -> (parameter, dimension of heads), each.
 PER_HEAD_MODULES = {
-    "relative_position_bias": ("relative_position_bias_table", 1),
-    "relative_attention_bias": ("weight", 1),
-    "rel_attn_embed": ("weight", 1),
+    "relative_position_bias": (("relative_position_bias_table", 1),),
+    "../relative_position_bias": (("relative_position_bias_table", 1),),  # BEiT
+    "relative_attention_bias": (("weight", 1),),
+    "rel_attn_embed": (("weight", 1),),
+    "softmax_scaling": (("scale", 0), ("bias", 0)),  # Mistral Large 4
+    "q_l2_clip": (("scale", 0),),  # Inkling 2
+    "rel_l2_clip": (("scale", 0),),
+    "k_sconv": (("static_weight", 1),),
+    "v_sconv": (("static_weight", 1),),
 }
-# Tables beside a stack whose bias all its attentions take as one of these arguments; then heads leave all blocks together.
-SHARED_TABLES = {"relative_attention_bias": ("weight", 1), "shared_position_bias": ("relative_position_bias_table", 1)}
-SHARED_BIAS_ARGUMENTS = ("position_bias", "relative_position_bias", "shared_relative_position_bias")
+# Tables beside a stack whose bias all its attentions take as one of these arguments, or those of one of these names; then
+# heads leave all blocks together.
+SHARED_TABLES = {
+    "relative_attention_bias": (("weight", 1),),
+    "shared_position_bias": (("relative_position_bias_table", 1),),
+    "relative_position_bias": (("relative_position_bias_table", 1),),
+    "rel_pos_bias": (("weight", 0),),  # LayoutLMv3
+    "rel_pos_x_bias": (("weight", 0),),
+    "rel_pos_y_bias": (("weight", 0),),
+    "box_rpb_embed_x.layer2": (("weight", 0), ("bias", 0)),  # SAM 3
+    "box_rpb_embed_y.layer2": (("weight", 0), ("bias", 0)),
+    "position_bias": (("relative_attention_bias", 1),),  # CPM-Ant
+}
+SHARED_BIAS_ARGUMENTS = ("position_bias", "relative_position_bias", "shared_relative_position_bias", "rel_pos")
+SHARED_BIAS_READERS = ("vision_cross_attn", "attention")  # SAM 3, BEiT, as a mask
 # Further projections with one output, or d_head, for each query head: gates, relative positions, global attention.
 PER_HEAD_PROJECTIONS = (
     *("g_proj", "gate_proj", "r_proj", "linear_pos", "pos_proj", "relative_k_proj", "pos_key_proj", "pos_query_proj"),
     *("query_global", "key_global", "value_global", "relative_position_embedding.pos_proj"),
-    *("continuous_position_bias_mlp.2", "output_projection.gate_proj", "gate", "head_gate", "attn_gate"),
+    *("continuous_position_bias_mlp.2", "output_projection.gate_proj", "gate", "head_gate", "attn_gate", "sink_proj"),
     *("w2e_query", "e2w_query", "e2e_query"),  # LUKE's words and entities
+    *("layout_query", "layout_key", "layout_value"),  # LiLT's second stream
+    *("k_sconv.weight_proj", "v_sconv.weight_proj"),  # Inkling 2
+    "dt_proj",  # Doge
 )
+# Those of them that read the values of all heads, and further projections that read what the heads give.
+OF_ALL_VALUES = ("dt_proj",)
+FURTHER_OUTPUTS = ("../layout_output.dense",)
+# Modules inside an attention that add its values, of all heads, to what it gives (SAN-M's memory).
+VALUE_READERS = ("fsmn",)
 # Convolutions inside an attention over the model's states, before keys and values are made: they stay.
 CONVOLUTIONS_OF_INPUTS = ("sr", "sequence_reduction", "spatial_reduction", "convolution")
 # Linear layers inside an attention that see no head: they stay.
@@ -300,6 +356,10 @@ HEADLESS_PROJECTIONS = (
     "sr",
     "q_a_proj",
 )
+
+# Flags of an attention whose keys and values others of its kind take, and what a kind is called.
+STORES_KEYS = "store_full_length_kv"
+KIND_OF_LAYER = "layer_type"
 
 # What the first block owns and hands to the others; it moves to the first kept block. (module, flag beside it)
 OWNED_BY_FIRST_BLOCK: tuple[tuple[str, str], ...] = (

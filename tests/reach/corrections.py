@@ -38,6 +38,10 @@ INDEXED = {
     "num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
     "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "indexed_attention"] * 2,
 }  # fmt: skip
+TRANSCRIBE_AUDIO = {
+    "asr_config": {"num_key_value_heads": 4},
+    "diarization_config": {"audio_config": {"num_key_value_heads": 4}},
+}
 # model type -> fields of its config, nested as its sub-configs are
 CONFIGS: dict[str, dict[str, Any]] = {
     "autoformer": SEQUENCES,
@@ -136,6 +140,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": BY_LAYER},
     "cohere_compass_text": BY_LAYER,
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "deepseek_v4": {"o_groups": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": [2, 1]},
     "donut-swin": SWIN,
@@ -144,6 +149,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "eomt_dinov3": {"num_blocks": 2},
     "ernie4_5_moe": {"moe_k": 2},
     "esmc": {"num_key_value_heads": 4},
+    "nemotron3_diarization": {"audio_config": {"num_key_value_heads": 4}},
+    "nemotron3_diarization_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_audio": TRANSCRIBE_AUDIO,
+    "nemo_speechlm": {"audio_config": TRANSCRIBE_AUDIO, "word_timestamp_config": {"num_key_value_heads": 4}},
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": 4},
+    "nemotron3_5_transcribe_word_timestamp": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "glm5_next": {"text_config": {"index_kpool": 2, "num_hidden_layers": 4}},
