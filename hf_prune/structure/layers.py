@@ -167,6 +167,7 @@ def resizing(
             continue
         if "sampl" in type(names.modules[block]).__name__.lower():
             yield number, "changes the number of positions"
+            continue
         if is_plain:
             continue
         inside = [other for other in names.inside(block) if _is_map(names.modules[other])]
