@@ -159,7 +159,9 @@ def test_organisations_have_repositories_too(model, folder, hub, api):
     with pytest.raises(PruneError, match=r"answered 40[34]"):
         push_folder(folder, "lab/small", token="hf_loopback_other")
     with pytest.raises(OSError, match="lab/small"):
-        AutoModelForSequenceClassification.from_pretrained("lab/small", token="hf_loopback_other")
+        AutoModelForSequenceClassification.from_pretrained(  # nothing of it is in another cache
+            "lab/small", token="hf_loopback_other", cache_dir=folder.parent / "other"
+        )
 
 
 def test_someone_who_pushes_meanwhile_is_not_overwritten(folder, hub, api, monkeypatch):
