@@ -39,9 +39,9 @@ class AttentionLayout:
         latent: what makes the low-rank states that all heads read and that stays; the projections then differ in entries a
             head, and each is laid out head by head.
         extra: further per-head projections that may be there.
-        flag: of the module that holds them, that must be true; of attentions that take another's keys, without `key` and `value`.
         bias_table: a per-head embedding that block 0 owns and hands to the whole stack, so that its heads leave every block of
             the stack together.
+        flag: of the module that holds them, that must be true; of attentions that take another's keys, without `key` and `value`.
     """
 
     output: str

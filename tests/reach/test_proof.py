@@ -5,6 +5,7 @@ from zlib import crc32
 import pytest
 import torch
 
+from hf_prune import pipeline
 from hf_prune.errors import VerificationError
 from tests.reach import page, proof, results
 from tests.reach.census import census, reviewed
@@ -73,17 +74,17 @@ def prove(subject, target="ffn_neurons", held=None):
 
 
 def test_of_a_smaller_model_that_computes_something_else(llama, monkeypatch):
-    real = proof.remove_masked_
+    real = pipeline.remove_masked_
 
-    def faulty(model, **options):
-        record = real(model, **options)
+    def faulty(model, *arguments):
+        record = real(model, *arguments)
         weight = model.model.layers[1].mlp.down_proj.weight
         weight.data = weight.data.roll(1, 1)
         return record
 
-    monkeypatch.setattr(proof, "remove_masked_", faulty)
+    monkeypatch.setattr(pipeline, "remove_masked_", faulty)
     assert "VerificationError" in prove(llama)
-    monkeypatch.setattr(proof, "verify", lambda *arguments: None)
+    monkeypatch.setattr(pipeline, "verify_models", lambda *arguments: None)
     assert prove(llama) == "WRONG: masked and smaller model differ"
 
 
@@ -128,7 +129,6 @@ def test_of_an_error_of_someone_else_and_of_a_refusal_that_changed_the_model(lla
             "set_attention_type",
         ),  # a short text makes it put another attention in its place
         ("squeezebert", "layers", "by their forward alone"),  # hooks don't see them
-        ("sam2_vision_model", "layers", "take 32 and 64 and 128 entries"),
     ],
 )
 def test_what_passed_while_wrong_is_refused(model_type, target, why):
