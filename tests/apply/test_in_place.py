@@ -34,11 +34,15 @@ def dropped(model, numbers):
     return model, smaller
 
 
-@pytest.mark.parametrize(("name", "changes", "numbers"), [("llama", {}, [0]), ("gemma3", SLIDING, [1, 2])])
-def test_it_computes_and_generates_what_the_masked_model_does(name, changes, numbers, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes", "numbers", "places"), [("llama", {}, [0], [0, 1]), ("gemma3", SLIDING, [1, 2], [0, 1])]
+)
+def test_it_computes_and_generates_what_the_masked_model_does(name, changes, numbers, places, tmp_path):
     masked, smaller = dropped(zoo.build(name, torch.float64, **changes), numbers)
     layers = smaller.model.layers
     assert [number for number, layer in enumerate(layers) if is_absent(layer)] == numbers
+    # the first place of a cache says how long it is, and each place has its kind: those that are left fill them from the first
+    assert [layer.self_attn.layer_idx for layer in layers if not is_absent(layer)] == places
     smaller.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     for again in (smaller, loaded, copy.deepcopy(smaller), pickle.loads(pickle.dumps(smaller))):
