@@ -7,6 +7,7 @@ gives what the masked one gives: zeros, or an argument (BLOOM's attention adds t
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_prune.structure.cost import evaluating
 from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames, is_linear
 from hf_prune.structure.parts import own_attentions
+from hf_prune.structure.source import source_of
 
 
 def check_parts(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
@@ -75,7 +77,9 @@ def absent_modules(
     inside = tuple(f"{block}." for block in blocks)
     of_parts = KeepMasks({key: keep for key, keep in masks.units.items() if structure[key].branches})
     leaving = [name for name in dropped_modules(structure, of_parts) if not f"{name}.".startswith(inside or ("\0",))]
-    leaving += [block for block in blocks if block.rpartition(".")[0] in in_place]
+    for block in (block for block in blocks if block.rpartition(".")[0] in in_place):
+        _refuse_reached_into(model, block)
+        leaving.append(block)
     found: dict[str, Returns] = {name: ZEROS for name in leaving if is_linear(model.get_submodule(name))}
     handles = []
     for name in leaving:
@@ -95,6 +99,17 @@ def absent_modules(
             "data that reaches it, or exclude its stack"
         )
     return found
+
+
+def _refuse_reached_into(model: nn.Module, block: str) -> None:
+    """Refuse to step over a block whose inside is looked at by what calls it (RWKV's scaling of weights)."""
+    caller = model.get_submodule(block.rpartition(".")[0].rpartition(".")[0])
+    children = "|".join(name for name, _ in model.get_submodule(block).named_children())
+    if children and re.search(rf"\b(?!self\b)\w+\.(?:{children})\.", source_of(caller)):
+        raise VerificationError(
+            f"{type(caller).__name__} looks into its blocks as it runs, so that nothing can take the place of {block}. The model "
+            "is as it was; exclude its stack"
+        )
 
 
 def put_absent_(model: nn.Module, leaving: Mapping[str, Returns]) -> None:
