@@ -7,7 +7,6 @@ gives what the masked one gives: zeros, or an argument (BLOOM's attention adds t
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,6 @@ from hf_prune.structure.cost import evaluating
 from hf_prune.structure.inputs import example_inputs
 from hf_prune.structure.naming import ModuleNames, is_linear
 from hf_prune.structure.parts import own_attentions
-from hf_prune.structure.source import source_of
 
 
 def check_parts(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:
@@ -78,7 +76,7 @@ def absent_modules(
     of_parts = KeepMasks({key: keep for key, keep in masks.units.items() if structure[key].branches})
     leaving = [name for name in dropped_modules(structure, of_parts) if not f"{name}.".startswith(inside or ("\0",))]
     for block in (block for block in blocks if block.rpartition(".")[0] in in_place):
-        _refuse_reached_into(model, block)
+        _refuse_swapped(model, block)
         leaving.append(block)
     found: dict[str, Returns] = {name: ZEROS for name in leaving if is_linear(model.get_submodule(name))}
     handles = []
@@ -101,14 +99,13 @@ def absent_modules(
     return found
 
 
-def _refuse_reached_into(model: nn.Module, block: str) -> None:
-    """Refuse to step over a block whose inside is looked at by what calls it (RWKV's scaling of weights)."""
-    caller = model.get_submodule(block.rpartition(".")[0].rpartition(".")[0])
-    children = "|".join(name for name, _ in model.get_submodule(block).named_children())
-    if children and re.search(rf"\b(?!self\b)\w+\.(?:{children})\.", source_of(caller)):
+def _refuse_swapped(model: nn.Module, block: str) -> None:
+    """Refuse to step over a block that gets new attentions as the model runs (BigBird)."""
+    swap = next((own for own in layouts.ATTENTION_SWAPS if hasattr(model.get_submodule(block), own)), None)
+    if swap:
         raise VerificationError(
-            f"{type(caller).__name__} looks into its blocks as it runs, so that nothing can take the place of {block}. The model "
-            "is as it was; exclude its stack"
+            f"{swap} puts new attentions into {block} as the model runs, so that nothing can take its place. The model is as it "
+            "was; exclude its stack"
         )
 
 

@@ -100,14 +100,15 @@ class Absent(nn.Module):
         # the last matrix, an output projection: not stacked experts, query, key nor gate, which some models save joined
         matrices = [each for each, parameter in named.items() if parameter.dim() == 2 and "gate" not in each]
         flat = [each for each, parameter in named.items() if parameter.dim() < 3]
-        name = (matrices or flat[:1] or list(named))[-1]
-        parameter = named[name]
-        *path, last = name.split(".")
-        holder: nn.Module = self
-        for child in path:
-            holder.add_module(child, nn.Module())
-            holder = holder.get_submodule(child)
-        holder.register_buffer(last, parameter.detach().new_empty(0))
+        kept = (matrices or flat[:1] or list(named))[-1]
+        for name, parameter in named.items():  # the others for code that looks into blocks; they are not saved
+            *path, last = name.split(".")
+            holder: nn.Module = self
+            for child in path:
+                if child not in holder._modules:
+                    holder.add_module(child, nn.Module())
+                holder = holder.get_submodule(child)
+            holder.register_buffer(last, parameter.detach().new_empty(0), persistent=name == kept)
         self.train(replaced.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
