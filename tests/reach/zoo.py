@@ -13,7 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .corrections import AUTO, CONFIGS, FIRST, INPUTS
+from .corrections import AUTO, CONFIGS, INPUTS
 from .inputs import make_inputs
 from .shrinking import shrunken
 
@@ -74,11 +74,12 @@ def build(model_type: str, auto: type | None = None, seed: int = 0) -> Built:
     """A tiny model of this type with random weights, large enough that every part shows in its output, and inputs."""
     if model_type in REASONS:
         raise NotBuildable(f"{model_type}: {REASONS[model_type]}")
-    config = shrunken(CONFIG_MAPPING[model_type](**FIRST.get(model_type, {})), CONFIGS.get(model_type, {}), {})
+    config = shrunken(CONFIG_MAPPING[model_type](), CONFIGS.get(model_type, {}), {})
     config.architectures = config.architectures or []  # None where a type has several classes is iterated over
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (auto or auto_class(model_type)).from_config(config)
+        chosen = auto or auto_class(model_type)
+        model = chosen._from_config(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
         model = model.float().eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
