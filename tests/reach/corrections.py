@@ -565,6 +565,10 @@ INPUTS: dict[str, dict[str, Make | None]] = {
     "vitmatte": {"pixel_values": floats(4, 32, 32)},
     **{name: {"input_features": channels_first} for name in ("audioflamingo3", "clvp", "glmasr", "glmasr_encoder",   "voxtral_realtime_encoder")},
 }  # fmt: skip
+# Model types whose batch norms take the statistics of the inputs.
+NORMALIZED = ("efficientnet", "mobilevit", "mobilevitv2")
+# Model types whose codebooks take entries from the inputs.
+FILLED = ("encodec", "xcodec")
 # model type -> the Auto class that shows most of it, where the general order of heads is wrong, or the model's own class
 AUTO: dict[str, str] = {
     "detr": "AutoModelForObjectDetection",
