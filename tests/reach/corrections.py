@@ -347,6 +347,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "convstream_hidden_sizes": [48, 96, 192],
     },
     "wav2vec2-bert": {"vocab_size": 160},
+    "xcodec": {"acoustic_model_config": {"encoder_hidden_size": 4, "decoder_hidden_size": 64, "hidden_size": 64}},
     "wav2vec2-conformer": {"vocab_size": 160},
     "xmod": {"default_language": "en_XX"},
     "codegen": {"rotary_dim": 4},
