@@ -6,7 +6,21 @@ from typing import Any
 
 import torch
 
-from .inputs import BATCH, LENGTH, Make, channels_first, constant, flat, floats, ids, ones, several_images, video, wave
+from .inputs import (
+    BATCH,
+    LENGTH,
+    Make,
+    channels_first,
+    constant,
+    flat,
+    floats,
+    ids,
+    ones,
+    several_images,
+    text_with,
+    video,
+    wave,
+)
 from .shrinking import KEEP
 
 
@@ -18,7 +32,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 BY_LAYER = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
 SWIN = {"image_size": 32, "patch_size": 2, "window_size": 2}
 HIERA = {
-    "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 1, 2, 1],
+    "image_size": [32, 32], "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 1, 2, 1],
     "num_attention_heads_per_stage": [1, 2, 4, 8], "global_attention_blocks": [], "window_size_per_stage": [4, 4, 4, 4],
     "window_positional_embedding_background_size": [4, 4],
 }  # fmt: skip
@@ -34,6 +48,33 @@ SEQUENCES = {"prediction_length": 4, "num_time_features": 1, "context_length": 1
 HEAD_DIM = {"head_dim": 8}
 QWEN_VISION = {"fullatt_block_indexes": [1], "window_size": 32, "out_hidden_size": 32}
 
+# Kernels, strides and paddings of a block that looks along lines of text.
+INTRACLASS = {
+    "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0],
+    **{
+        f"{name}_{ratio}ratio": [[k if up else 1, k if across else 1], [1, 1], [k // 2 if up else 0, k // 2 if across else 0]]
+        for name, up, across in (
+            ("vertical_long_to_small_conv", True, False), ("horizontal_small_to_long_conv", False, True),
+            ("symmetric_conv_long", True, True),
+        )
+        for ratio, k in (("long", 7), ("mid", 5), ("short", 3))
+    },
+}  # fmt: skip
+SERVER_DET = {
+    "intraclass_block_config": INTRACLASS, "scale_factor_list": [1, 2, 4, 8], "kernel_list": [3, 2, 2],
+    "neck_out_channels": 32,
+}  # fmt: skip
+# Stages of blocks: kernel, channels in and out, stride, whether it squeezes.
+LCNET = {
+    "model_type": "pp_lcnet_v4", "stem_channels": [3, 16, 32], "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "block_configs": [
+        [[3, 32, 32, 1, True]],
+        [[3, 32, 32, 2, False], [3, 32, 32, 1, False]],
+        [[3, 32, 48, 2, False], [3, 48, 48, 1, True]],
+        [[3, 48, 64, 2, False], [3, 64, 64, 1, True]],
+    ],
+}  # fmt: skip
+VIBEVOICE = {"num_filters": 8, "downsampling_ratios": [2, 2, 4], "depths": [2, 2, 2, 2], "hidden_size": 32}
 INDEXED = {
     "num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
     "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "indexed_attention"] * 2,
@@ -60,7 +101,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config": {"moe_k": 2, "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}},
     "exaone4_5_vision": QWEN_VISION,
     "fastspeech2_conformer_with_hifigan": {"model_config": {"num_mel_bins": 80}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "chmv2": {
+        "backbone_config": {"reshape_hidden_states": True, "apply_layernorm": True, "return_class_token": True},
+        "patch_size": 8,
+        "post_process_channels": [16, 16, 32, 32],
+    },
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "spatial_target_layers": [0, 1, 1, 2],
+        "image_grid_pinpoints": [[32, 32]],
+        "vision_config": {"hidden_size": 128, "num_attention_heads": 4},
+        "text_config": {"num_hidden_layers": 3},
+    },
+    "granite_docling": {
+        "vision_config": {
+            "out_hidden_size": 32,
+            "scale_factor": 2,
+            "deepstack_visual_indexes": [0, 1],
+            "use_fine_route": False,
+        }
+    },
+    "jev": {"hidden_size": 32, "text_config": HYBRID},
     "granite_speech": {"window_size": 15},
     "granite_speech_plus": {"window_size": 15},
     "granite_speech5_ctc": {"encoder_config": {"num_key_value_heads": 4}},
@@ -71,10 +133,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": {"cross_attention_layers": [1]},
     },
     "oneformer": {"mask_dim": 32},
-    "sam2": {"vision_config": SAM2},
+    "sam2": {
+        "vision_config": {**SAM2, "backbone_feature_sizes": [[8, 8], [4, 4], [2, 2]]},
+        "prompt_encoder_config": {"image_size": 32, "patch_size": 16},
+    },
     "sam2_vision_model": SAM2,
     "sam2_hiera_det_model": HIERA,
     "seggpt": {"image_size": [64, 32]},
+    "perception_lm": {"vision_config": {"model_type": "vit", "hidden_size": 32, "model_args": {"embed_dim": 32}}},
+    "superglue": {
+        "keypoint_detector_config": {"descriptor_decoder_dim": 32, "keypoint_decoder_dim": 65},
+        "keypoint_encoder_sizes": [16, 32],
+        "gnn_layers_types": ["self", "cross"] * 2,
+    },
     "tvp": {"num_frames": 4, "visual_prompt_size": 4, "max_img_size": 64},
     "upernet": {"backbone_config": {**RESNET, "out_features": ["stage1", "stage2", "stage3", "stage4"]}},
     "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -86,20 +157,98 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "zoedepth": {"bottleneck_features": 32},
     "kimi_k25": {"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}},
     "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
-    "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 48}}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}},
-    "dots3_note": {"text_config": {"pyramid_num_routed": [-1, 4, 4]}},
+    "dots3_note": {
+        "text_config": {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "index_n_heads": 4,
+            "shared_experts_intermediate_size": 24,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 8,
+        },
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "pyramid_num_routed": [-1, 4, 4]},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 32},
+    },
+    "omdet-turbo": {
+        "backbone_config": {"model_type": "swin", **SWIN, "out_features": ["stage2", "stage3", "stage4"]},
+        "apply_layernorm_after_vision_backbone": False,
+        "encoder_in_channels": [64, 128, 256],
+        "image_size": 32,
+        "vision_features_channels": [32] * 3,
+        "text_config": {"hidden_size": 64, "projection_dim": 64},
+        "text_projection_in_dim": 64,
+        "text_projection_out_dim": 64,
+        "class_embed_dim": 64,
+        "num_queries": 4,
+        "encoder_dim_feedforward": 48,
+        "decoder_dim_feedforward": 48,
+    },
     "moonshine_streaming": {"num_key_value_heads": 4},
     "paddleocr_vl": {"text_config": MROPE},
-    "neucodec": {"quantization_dim": 64},
+    "neucodec": {"encoder_hidden_size": 4, "quantization_dim": 64, "num_key_value_heads": 4},
+    "xcodec2": {"encoder_hidden_size": 4, "quantization_dim": 64, "num_key_value_heads": 4},
+    "pp_ocrv5_server_det": SERVER_DET,
+    "pp_ocrv6_medium_det": {**SERVER_DET, "backbone_config": LCNET},
+    "pp_doclayout_v2": {"class_thresholds": [0.0] * 25, "class_order": [*range(20)] * 2},
     "muse_glimmer": {"out_hidden_size": 128},
     "musicflamingo": {"audio_token_id": 150},
     "neomme": {"head_dim": 16},
+    "nemotron_h_omni": {
+        "image_token_id": 150,
+        "audio_token_id": 151,
+        "vision_hidden_size": 32,
+        "projector_hidden_size": 32,
+        "audio_config": {
+            "model_type": "parakeet_encoder",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "num_mel_bins": 16,
+            "subsampling_conv_channels": 32,
+            "projection_hidden_size": 32,
+            "projection_bias": True,
+            "attention_bias": False,
+            "scale_input": False,
+        },
+    },
     "pp_doclayout_v3": {"backbone_config": KEEP},
     "pp_ocrv6_small_rec": {"backbone_config": KEEP},
     "pp_ocrv6_tiny_rec": {"backbone_config": KEEP},
-    "pp_ocrv6_small_det": {"backbone_config": KEEP},
-    "uvdoc": {"backbone_config": KEEP},
+    "pp_ocrv6_small_det": {
+        "backbone_config": LCNET,
+        "layer_list_out_channels": [32, 32, 48, 64],
+        "neck_out_channels": 32,
+    },
+    "uvdoc": {
+        "backbone_config": {
+            "resnet_head": [[3, 8], [8, 8]],
+            "resnet_configs": [
+                [[8, 8, 1, False], [8, 8, 3, False]],
+                [[8, 16, 1, True], [16, 16, 3, False]],
+                [[16, 32, 1, True], [32, 32, 3, False]],
+            ],
+            "stage_configs": [[[32, 1]], [[32, 2]], [[32, 5], [32, 3]]],
+            "out_features": ["stage1", "stage2", "stage3"],
+        },
+        "bridge_connector": [32, 32],
+        "out_point_positions2D": [[32, 16], [16, 2]],
+    },
+    "vibevoice": {"audio_config": VIBEVOICE, "semantic_model_config": VIBEVOICE},
+    "vibevoice_acoustic_tokenizer": VIBEVOICE,
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config": VIBEVOICE,
+        "semantic_tokenizer_encoder_config": VIBEVOICE,
+        "acoustic_tokenizer_chunk_size": 64,
+    },
     "sam3_tracker": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "audio-spectrogram-transformer": {"max_length": 64},
@@ -198,6 +347,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "convstream_hidden_sizes": [48, 96, 192],
     },
     "wav2vec2-bert": {"vocab_size": 160},
+    "xcodec": {"acoustic_model_config": {"encoder_hidden_size": 4, "decoder_hidden_size": 64, "hidden_size": 64}},
     "wav2vec2-conformer": {"vocab_size": 160},
     "xmod": {"default_language": "en_XX"},
     "codegen": {"rotary_dim": 4},
@@ -276,8 +426,8 @@ INPUTS: dict[str, dict[str, Make | None]] = {
     **{
         name: {"input_values": wave}
         for name in (
-            "encodec", "dac", "mimi", "mimi_encoder", "pe_audio", "pe_audio_encoder", "pe_audio_video",
-            "pe_audio_video_encoder", "pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_encoder",
+            "encodec", "dac", "mimi", "mimi_encoder", "pe_audio", "pe_audio_encoder",
+            "pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_encoder",
         )
     },
     **{
@@ -343,25 +493,50 @@ INPUTS: dict[str, dict[str, Make | None]] = {
     "inkling2": {"pixel_values": lambda d: d.floats(32, 16, 16, 3)},
     "inkling2_vision": {"pixel_values": lambda d: d.floats(32, 16, 16, 3)},
     "inkling_mm_model": {"pixel_values": lambda d: d.floats(4, 2, 8, 8, 3)},
-    "vibevoice_acoustic_tokenizer": {"input_values": floats(1, 6400)},
+    "vibevoice_acoustic_tokenizer": {"input_values": floats(1, 64)},
     "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": floats(1, 6400)},
     "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": floats(32, 2)},
     "pp_ocrv6_small_rec": {"pixel_values": floats(3, 48, 64)},
     "pp_ocrv6_tiny_rec": {"pixel_values": floats(3, 48, 64)},
     "efficientloftr": {"pixel_values": several_images},
     "glm_image": {"pixel_values": None, "image_grid_thw": None},
-    "granite_docling": {"pixel_attention_mask": ones(1)},
+    "granite4_vision": {"input_ids": text_with(10, "image_token_index"), "pixel_values": several_images},
+    "granite_docling": {
+        "input_ids": text_with(4, "image_token_id"), "pixel_values": floats(1, 3, 32, 32),
+        "pixel_attention_mask": lambda d: torch.ones(BATCH, 1, dtype=torch.bool),
+    },
     "granite_speech": {"input_features": floats(64, 160), "input_features_mask": None},
     "granite_speech_plus": {"input_features": floats(64, 160), "input_features_mask": None},
     "molmo2": {"pixel_values": None},
     "moss_transcribe_diarize": {"padding_mask": ones(64)},
-    "nemotron_h_omni": {"pixel_values": None},
-    "neucodec": {"input_features": floats(64, 160), "input_values": floats(1, 20480)},
-    "xcodec2": {"input_features": floats(64, 160), "input_values": floats(1, 20480)},
-    "pi0": {"pixel_values": floats(1, 3, 32, 32), "pixel_attention_mask": lambda d: torch.ones(BATCH, 1, dtype=torch.bool), "state": floats(32), "actions": floats(50, 32)},
+    "nemotron_h_omni": {"pixel_values": flat(1), "image_grid_hw": constant(torch.tensor([[4, 4]] * BATCH))},
+    "llava": {"image_sizes": None},
+    "musicflamingo": {"input_ids": text_with(128, "audio_token_id"), "input_features": channels_first},
+    "neomme": {"pixel_values": flat(1)},
+    "dots3_note": {"input_features": floats(16, 64), "chunk_sample_lengths": constant(torch.tensor([64 * 160] * BATCH))},
+    "omdet-turbo": {
+        "classes_input_ids": lambda d: d.ids(2 * BATCH, 6), "classes_attention_mask": lambda d: torch.ones(2 * BATCH, 6, dtype=torch.long),
+        "tasks_input_ids": ids(6), "tasks_attention_mask": ones(6), "classes_structure": constant(torch.tensor([2] * BATCH)),
+    },
+    "gemma4_audio": {"input_features": floats(64, 32)},
+    "jev": {
+        "input_ids": lambda d: d.ids(1, LENGTH), "marks": constant(torch.tensor([[4, 8, 12]])),
+        "num_options": constant(torch.tensor([[2, 3, 4]])), "question_type_ids": constant(torch.tensor([[0, 1, 2]])),
+    },
+    "neucodec": {"input_features": floats(24, 160), "input_values": floats(1, 7680)},
+    "xcodec2": {"input_features": floats(24, 160), "input_values": floats(1, 7680)},
+    "pi0": {"input_ids": text_with(16, "image_token_id"), "pixel_values": floats(1, 3, 32, 32), "pixel_attention_mask": lambda d: torch.ones(BATCH, 1, dtype=torch.bool), "state": floats(32), "actions": floats(50, 32), "noise": floats(50, 32), "timestep": constant(torch.tensor([0.3, 0.7]))},
     "qwen3_asr": {"input_features": floats(16, 200)},
     "qwen3_asr_encoder": {"input_features": floats(16, 200)},
-    "tvp": {"pixel_values": floats(4, 3, 64, 64)},
+    "tvp": {"pixel_values": lambda d: d.floats(1, 4, 3, 64, 64), "input_ids": lambda d: d.ids(1, LENGTH)},
+    **{name: {"pixel_values": floats(3, 64, 64)} for name in ("pp_ocrv6_medium_det", "pp_ocrv6_small_det", "uvdoc")},
+    "evolla": {
+        "protein_input_ids": lambda d: d.ids(BATCH, 8, high=30), "protein_attention_mask": ones(8),
+    },
+    "vibevoice": {"input_values": floats(1, 64), "padding_mask": lambda d: torch.ones(BATCH, 64, dtype=torch.bool), "sample": constant(False)},
+    "vibevoice_asr": {"input_values": floats(1, 64), "sample": constant(False)},
+    "pe_audio_video": {"input_values": wave, "pixel_values_videos": video},
+    "perception_lm": {"pixel_values": floats(1, 3, 32, 32)},
     "muse_spark": {"pixel_values": flat(2), "input_values": floats(3840)},
     "voxtral_realtime": {"input_ids": ids(8), "input_features": channels_first},
     "muse_glimmer_assistant": {"noise_embeds": floats(4, 32), "context_hidden_states": floats(6, 160)},
@@ -388,17 +563,17 @@ INPUTS: dict[str, dict[str, Make | None]] = {
     "video_llama_3": {"image_merge_sizes": constant(torch.tensor([1] * BATCH))},
     "video_llama_3_vision": {"merge_sizes": constant(torch.tensor([1] * BATCH))},
     "videomt": {"pixel_values_videos": video},
-    "vitmatte": {"backbone_config": {"num_channels": 4}, "pixel_values": floats(4, 32, 32)},
+    "vitmatte": {"pixel_values": floats(4, 32, 32)},
     **{name: {"input_features": channels_first} for name in ("audioflamingo3", "clvp", "glmasr", "glmasr_encoder",   "voxtral_realtime_encoder")},
 }  # fmt: skip
-# model type -> fields without which the default config itself can't be made
-FIRST: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
-}
-# model type -> the Auto class that shows most of it, where the general order of heads is wrong
+# Model types whose batch norms take the statistics of the inputs.
+NORMALIZED = ("efficientnet", "mobilevit", "mobilevitv2")
+# Model types whose codebooks take entries from the inputs.
+FILLED = ("encodec", "xcodec")
+# model type -> the Auto class that shows most of it, where the general order of heads is wrong, or the model's own class
 AUTO: dict[str, str] = {
     "detr": "AutoModelForObjectDetection",
-    "evolla": "AutoModel",
+    "evolla": "EvollaForProteinText2Text",  # the Auto classes know it by another type than its config has
     "flava": "AutoModel",
     "sapiens2": "AutoModel",
     "musicgen": "AutoModelForTextToWaveform",

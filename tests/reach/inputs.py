@@ -139,6 +139,16 @@ def constant(value: Any) -> Make:
     return lambda draw: value
 
 
+def text_with(count: int, *fields: str) -> Make:
+    """Words around this many tokens whose id is one of these fields of the config."""
+
+    def make(draw: Draw) -> torch.Tensor:
+        places = torch.full((BATCH, count), draw.size(*fields))
+        return torch.cat([draw.ids(BATCH, 2), places, draw.ids(BATCH, LENGTH - 2)], dim=1)
+
+    return make
+
+
 def ones(*shape: int) -> Make:
     return lambda draw: torch.ones(BATCH, *shape, dtype=torch.long)
 
@@ -217,7 +227,8 @@ def _place(draw: Draw, parameters: Mapping[str, Any]) -> None:
     for method, source, fields in PLACES:
         features = [getattr(module, method) for module in draw.model.modules() if hasattr(module, method)]
         token = draw.size(*fields, default=-1)
-        if not features or token < 0 or source not in made:
+        placed = int((ids == token).sum()) > BATCH  # the type's own entry puts them there
+        if not features or token < 0 or source not in made or placed:
             continue
         takes = inspect.signature(features[-1]).parameters
         optional = (

@@ -60,6 +60,7 @@ KEEP = "keep"  # a change that leaves a sub-config as large as it is by default
 # Sub-configs of a package that is not here -> what takes their place.
 INSTEAD: dict[str, dict[str, Any]] = {
     "timm_backbone": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]},
+    "timm_wrapper": {"model_type": "resnet", "hidden_size": 32, "num_labels": 32},
 }
 TOKEN = re.compile(
     r".*token_(id|index)|.*_token|.*_(pad|bos|eos|start|end|think|nothink|newline|patch)_ids?|.*_token_ids"

@@ -102,7 +102,6 @@ def test_what_is_not_built_says_why() -> None:
     assert all(len(REASONS[model_type]) > 10 for model_type in refused)
 
 
-@pytest.mark.xfail(strict=True, reason="types whose reason is 'not built yet' still lack an entry in corrections.py")
 def test_at_least_580_of_the_types_of_automodel() -> None:
     assert len(set(base_types()) & set(BUILT)) >= 580
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .corrections import AUTO, CONFIGS, FIRST, INPUTS
+from .corrections import AUTO, CONFIGS, FILLED, INPUTS, NORMALIZED
 from .inputs import make_inputs
 from .shrinking import shrunken
 
@@ -74,18 +74,52 @@ def build(model_type: str, auto: type | None = None, seed: int = 0) -> Built:
     """A tiny model of this type with random weights, large enough that every part shows in its output, and inputs."""
     if model_type in REASONS:
         raise NotBuildable(f"{model_type}: {REASONS[model_type]}")
-    config = shrunken(CONFIG_MAPPING[model_type](**FIRST.get(model_type, {})), CONFIGS.get(model_type, {}), {})
+    config = shrunken(CONFIG_MAPPING[model_type](), CONFIGS.get(model_type, {}), {})
     config.architectures = config.architectures or []  # None where a type has several classes is iterated over
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (auto or auto_class(model_type)).from_config(config)
+        chosen = auto or auto_class(model_type)
+        model = chosen._from_config(config) if issubclass(chosen, PreTrainedModel) else chosen.from_config(config)
         model = model.float().eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             for name, buffer in model.named_buffers():
-                if name.endswith(".embed") and not buffer.any():  # a codebook that training fills
+                if name.endswith((".embed", ".embed_sum")) and not buffer.any():  # a codebook that training fills
                     buffer.add_(torch.randn(buffer.shape, generator=generator))
         inputs = make_inputs(model, INPUTS.get(model_type, {}), seed)
+        if model_type in NORMALIZED:
+            _normalize(model, inputs)
+        if model_type in FILLED:
+            _fill(model, inputs, generator)
     return Built(model, inputs, model_type)
+
+
+def _normalize(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Gives batch norms the statistics of these inputs: with those of no training a signal fades in many layers."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        model(**inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+
+
+def _fill(model: PreTrainedModel, inputs: dict[str, Any], generator: torch.Generator) -> None:
+    """Puts the entries of codebooks among the vectors that these inputs give them, so that not one takes them all."""
+    codebooks = [module for module in model.modules() if hasattr(module, "quantize") and hasattr(module, "embed")]
+
+    def filled(codebook: Any, hidden: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(codebook.embed.shape, generator=generator)
+        codebook.embed.copy_(hidden.mean(dim=0) + hidden.std(dim=0) * noise)
+        return type(codebook).quantize(codebook, hidden)
+
+    for codebook in codebooks:
+        codebook.quantize = partial(filled, codebook)
+    with torch.no_grad():
+        model(**inputs)
+    for codebook in codebooks:
+        del codebook.quantize
