@@ -125,6 +125,15 @@ def set_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure | No
     check_masks(model, masks, structure)
     carry_masks(model, masks, structure)
     enforce_(model)
+    _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Empty what modules remember of earlier inputs: weights that have left went into it (OmDet-Turbo's embeddings of texts)."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value).__name__.endswith("LRUCache") and isinstance(getattr(value, "cache", None), dict):
+                value.cache.clear()
 
 
 def carry_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -> None:

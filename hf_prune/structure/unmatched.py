@@ -18,7 +18,8 @@ def find(names: ModuleNames, sites: Sequence[Site], refusals: Sequence[Refusal])
     """A refusal for each attention, feed-forward and group of experts that is neither a site nor refused already."""
     covered = {piece.module for site in sites for piece in site.slices}
     known = {refusal.name for refusal in refusals if refusal.part == "block"}
-    attentions = _attentions(names, covered, {r.name for r in refusals if r.target == "attention_heads"})
+    of_heads = {piece.module for site in sites if site.target == "attention_heads" for piece in site.slices}
+    attentions = _attentions(names, of_heads, {r.name for r in refusals if r.target == "attention_heads"})
     for name, held in attentions.items():
         said = ", ".join(held[:6]) + (", …" if len(held) > 6 else "")
         yield Refusal("attention_heads", name, f"its projections ({said}) match no known layout; {HOW_TO_ADD}")

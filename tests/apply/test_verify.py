@@ -7,9 +7,10 @@ import torch
 
 import hf_prune
 from hf_prune.apply import shrink
-from hf_prune.apply.masks import masks_of
+from hf_prune.apply.masks import masks_of, set_masks
 from hf_prune.apply.verify import verify
 from hf_prune.pipeline import apply_, finish_
+from hf_prune.plan import KeepMasks
 from hf_prune.planning import make_plan
 from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
@@ -175,3 +176,16 @@ def test_outputs_that_are_not_finite_are_no_proof():
         model.bert.embeddings.word_embeddings.weight.fill_(float("nan"))
     with pytest.raises(hf_prune.VerificationError):
         hf_prune.prune_(model, recipe("ffn_neurons"))
+
+
+def test_what_a_model_remembers_of_earlier_inputs_is_forgotten():
+    """OmDet-Turbo keeps the embeddings of texts that it has seen, which weights went into that have left since."""
+
+    class LRUCache:
+        def __init__(self):
+            self.cache = {"a text": torch.ones(3)}
+
+    model = zoo.build("llama")
+    model.model.remembered = LRUCache()
+    set_masks(model, KeepMasks(units={"layers:model.layers": torch.tensor([True, False, True])}))
+    assert not model.model.remembered.cache
