@@ -288,6 +288,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "cohere_compass": {"text_config": BY_LAYER},
     "cohere_compass_text": BY_LAYER,
+    "decision_transformer": {"n_head": 4},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "deepseek_v4": {"o_groups": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
