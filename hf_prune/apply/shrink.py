@@ -196,7 +196,9 @@ def _hand_on(first: nn.Module, heir: nn.Module) -> None:
         return
     for owned, flag in layouts.OWNED_BY_FIRST_BLOCK:
         for path, module in first.named_modules():
-            if isinstance(getattr(module, owned, None), nn.Module):
-                target = heir.get_submodule(path)
+            if not isinstance(getattr(module, owned, None), nn.Module):
+                continue
+            target = heir.get_submodule(path)
+            if getattr(target, owned, None) is None:  # in UMT5 each block has its own
                 setattr(target, owned, getattr(module, owned))
                 setattr(target, flag, True)

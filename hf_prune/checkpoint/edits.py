@@ -128,7 +128,7 @@ def depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, Se
     edit: Edit = {}
     built = build(model, config)
     for stack, kept in kept_layers.items():
-        depth = None if built is None else len(built.get_submodule(stack))
+        depth = _length(built, stack)
         if depth is None or len(kept) == depth or kept[-1] >= depth:
             continue  # a shared block: the number of calls is already in the config
         for path, nested in configs(config):
@@ -150,7 +150,7 @@ def depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, Se
                     shorter = build(model, edited(config, attempt))
                 except NotImplementedError:  # a sum of two depths, which says itself that it can't be set
                     continue
-                if shorter is not None and len(shorter.get_submodule(stack)) == len(kept):
+                if _length(shorter, stack) == len(kept):
                     edit = attempt
                     break
             else:
@@ -159,6 +159,14 @@ def depth_edit(model: PreTrainedModel, config: Any, kept_layers: Mapping[str, Se
         else:
             raise UnsupportedModelError(f"no field of {type(config).__name__} holds the depth of {stack} ({depth})")
     return edit
+
+
+def _length(model: nn.Module | None, stack: str) -> int | None:
+    """How many blocks a stack has; None where the model couldn't be built, or has no such stack."""
+    try:
+        return None if model is None else len(model.get_submodule(stack))  # type: ignore[arg-type]
+    except AttributeError:
+        return None
 
 
 def _depths(config: Any, depth: int, n_kept: int, said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ Axes: B samples, H heads, Q and K positions of queries and keys, d entries.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def parameter_costs(model: nn.Module, structure: ModelStructure, there: UnitMask
 
     A shared block costs nothing: fewer calls leave its parameters where they are.
     """
-    sizes = _Present(structure, there)
+    sizes = _Present(model, structure, there)
     named = dict(model.named_parameters(remove_duplicate=False))
     per_unit = {}
     for site in structure:
@@ -73,7 +74,7 @@ def parameter_costs(model: nn.Module, structure: ModelStructure, there: UnitMask
         elif site.is_shared:
             per_unit[site.key] = _same(site, 0)
         else:
-            held = [sum(sizes.of_tensor(*each) for each in _block_parameters(model, block)) for block in site.blocks]
+            held = [sum(sizes.of_tensor(*each) for each in sizes.of_block(model, block)) for block in site.blocks]
             per_unit[site.key] = torch.tensor(held, dtype=torch.float64)
     return UnitCosts(sum(sizes.of_tensor(*each) for each in model.named_parameters()), per_unit)
 
@@ -96,7 +97,7 @@ def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inp
         around = [name for name in counted if name and module.startswith(f"{name}.")]
         counted |= {name: counted[name] - gone for name in around}
         counted |= {name: 0 for name in counted if is_within(name, module)}
-    sizes = _Present(structure, there)
+    sizes = _Present(model, structure, there)
     parts = {
         site.key: [*_products(model, site, sizes, counted), *_mixing(model, site, counted)]
         for site in structure
@@ -147,7 +148,8 @@ def _mixing(model: nn.Module, site: Site, counted: Mapping[str, float]) -> Itera
 class _Present:
     """Sizes of tensors once the units that aren't there have left."""
 
-    def __init__(self, structure: ModelStructure, there: UnitMasks):
+    def __init__(self, model: nn.Module, structure: ModelStructure, there: UnitMasks):
+        self._handed_on = _handed_on(model)
         dropped = [block for block, kept in _calls_kept(structure, there).items() if not kept]
         self._dropped = tuple(f"{module}." for module in (*dropped, *_modules_gone(structure, there)))
         self._gone: dict[tuple[str, int], int] = {}
@@ -158,13 +160,19 @@ class _Present:
 
     def of_tensor(self, name: str, tensor: Tensor, without: int | None = None) -> int:
         """The number of entries; of one along the dimension `without`. None in a layer that has left."""
-        if name.startswith(self._dropped) and not _is_handed_on(name):
+        if name.startswith(self._dropped) and name not in self._handed_on:
             return 0
         size = 1
         for dim, length in enumerate(tensor.shape):
             if dim != without:
                 size *= length - self._gone.get((name, dim), 0)
         return size
+
+    def of_block(self, model: nn.Module, block: str) -> Iterator[tuple[str, Tensor]]:
+        """What leaves with a block: not what it hands on to the next."""
+        for name, parameter in model.get_submodule(block).named_parameters(block):
+            if name not in self._handed_on:
+                yield name, parameter
 
     def of_unit(self, model: nn.Module, site: Site) -> list[int]:
         """For each slice, how many entries of its tensor one unit holds."""
@@ -195,15 +203,12 @@ def _modules_gone(structure: ModelStructure, there: UnitMasks) -> list[str]:
     ]
 
 
-def _block_parameters(model: nn.Module, block: str) -> Iterator[tuple[str, Tensor]]:
-    """What leaves with a block: not what it hands on to the next."""
-    for name, parameter in model.get_submodule(block).named_parameters(f"{block}"):
-        if not _is_handed_on(name):
-            yield name, parameter
-
-
-def _is_handed_on(name: str) -> bool:
-    return any(f".{owned}." in name for owned, _ in OWNED_BY_FIRST_BLOCK)
+def _handed_on(model: nn.Module) -> set[str]:
+    """The parameters of a first block that go to the next when it leaves: of what it alone has."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    owned = (name for name in names if any(f".{own}." in name for own, _ in OWNED_BY_FIRST_BLOCK))
+    places = ((name, re.match(r"(.*?)\.0\.(.*)", name)) for name in owned if re.match(r"\D*\.0\.", name))
+    return {name for name, place in places if place and f"{place[1]}.1.{place[2]}" not in names}
 
 
 def _macs_by_module(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
