@@ -75,9 +75,10 @@ def absent_modules(
     inside = tuple(f"{block}." for block in blocks)
     of_parts = KeepMasks({key: keep for key, keep in masks.units.items() if structure[key].branches})
     leaving = [name for name in dropped_modules(structure, of_parts) if not f"{name}.".startswith(inside or ("\0",))]
-    for block in (block for block in blocks if block.rpartition(".")[0] in in_place):
+    stepped_over = [block for block in blocks if block.rpartition(".")[0] in in_place]
+    for block in stepped_over:
         _refuse_swapped(model, block)
-        leaving.append(block)
+    leaving += stepped_over
     found: dict[str, Returns] = {name: ZEROS for name in leaving if is_linear(model.get_submodule(name))}
     handles = []
     for name in leaving:

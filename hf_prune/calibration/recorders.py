@@ -292,9 +292,8 @@ class _CallPositions:
     """Which unit of a layer site a call is: the k-th call of a block is the k-th place where the site names it."""
 
     def __init__(self, site: Site):
-        fixed = {
-            site.blocks[number] for number, _ in site.fixed
-        }  # what they give can't be compared with what they get
+        # what a fixed block gives can't be compared with what it gets
+        fixed = {site.blocks[number] for number, _ in site.fixed}
         self.blocks = tuple(block for block in dict.fromkeys(site.blocks) if block not in fixed)
         self.n_units = site.n_units
         self._units = {name: [u for u, block in enumerate(site.blocks) if block == name] for name in self.blocks}

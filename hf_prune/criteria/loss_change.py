@@ -205,8 +205,8 @@ def _without(model: nn.Module, site: Site, units: Sequence[int]) -> Iterator[Non
             hooks.callback(router.register_forward_hook(KeptExperts(site, keep), with_kwargs=True).remove)
         elif site.holder:
             hooks.enter_context(_zeroed(model, site, units))
-        for output in (output for unit in units if site.branches for output in site.branches[unit].outputs):
-            silence = model.get_submodule(output).register_forward_hook(
+        for last in (last for unit in units if site.branches for last in site.branches[unit].outputs):
+            silence = model.get_submodule(last).register_forward_hook(
                 lambda m, a, output: (
                     torch.zeros_like(output)
                     if isinstance(output, Tensor)

@@ -10,13 +10,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 from torch import Tensor, nn
 
 from hf_prune.structure import layouts
 from hf_prune.structure.heads import Heads, Refused, heads_of
 from hf_prune.structure.layouts import AttentionLayout
-from hf_prune.structure.naming import ModuleNames, d_in, is_linear, parents
+from hf_prune.structure.naming import ModuleNames, d_in, is_attention, is_linear, parents
 from hf_prune.structure.per_head import full_width_norms, sees_no_head, side_slices
 from hf_prune.structure.projections import reading_slice
 from hf_prune.structure.sites import Attribute, Read, Refusal, Site, Span, TensorSlice
@@ -120,7 +121,7 @@ def is_convolutional(module: nn.Module) -> bool:
     """An attention whose queries, keys, values and output are convolutions of single positions (in VQ-GAN's encoder)."""
     convolutions = [each for each in module.children() if isinstance(each, (nn.Conv1d, nn.Conv2d))]
     alone = [each for each in convolutions if set(each.kernel_size) == {1}]
-    return len(alone) == 4 and re.search("Attention|Attn", type(module).__name__) is not None
+    return len(alone) == 4 and is_attention(module)
 
 
 def _site(names: ModuleNames, name: str, module: nn.Module, layout: AttentionLayout) -> Site:
@@ -263,14 +264,18 @@ def _refuse_repeated_mask(names: ModuleNames, name: str) -> None:
     call = re.search(rf"self\.{own}\(({_INNER})\)", forward_of(names.modules[names.parent(name)]))
     given = call[1] if call else ""
     for around in parents(name) if given else ():
-        source = source_of(names.modules[around])
-        for mask, sizes in re.findall(rf"^ +(\w+) = [^\n]*\.(?:repeat|expand)\(({_INNER})\)", source, re.MULTILINE):
-            count = re.search(rf"self\.config\.(?:{_COUNTS})\b", sizes)
-            if count and re.search(rf"\b{mask}\b", given):
+        for mask, count in _repeated(source_of(names.modules[around])):
+            if re.search(rf"\b{mask}\b", given):
                 holder = type(names.modules[around]).__name__
-                raise Refused(
-                    f"{holder} repeats its mask for {count[0].removeprefix('self.')}, whatever the number of heads"
-                )
+                raise Refused(f"{holder} repeats its mask for {count}, whatever the number of heads")
+
+
+@cache  # of a model's source once, not for each of its attentions
+def _repeated(source: str) -> tuple[tuple[str, str], ...]:
+    """What code repeats for as many heads as the config says: names, each with the field."""
+    found = re.findall(rf"^ +(\w+) = [^\n]*\.(?:repeat|expand)\(({_INNER})\)", source, re.MULTILINE)
+    counts = ((mask, re.search(rf"self\.(config\.(?:{_COUNTS}))\b", sizes)) for mask, sizes in found)
+    return tuple((mask, count[1]) for mask, count in counts if count)
 
 
 _COUNTS = "|".join(layouts.HEAD_COUNT_NAMES)

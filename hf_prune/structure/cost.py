@@ -207,7 +207,7 @@ def _handed_on(model: nn.Module) -> set[str]:
     """The parameters of a first block that go to the next when it leaves: of what it alone has."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     owned = (name for name in names if any(f".{own}." in name for own, _ in OWNED_BY_FIRST_BLOCK))
-    places = ((name, re.match(r"(.*?)\.0\.(.*)", name)) for name in owned if re.match(r"\D*\.0\.", name))
+    places = ((name, re.match(r"(\D*)\.0\.(.*)", name)) for name in owned)
     return {name for name, place in places if place and f"{place[1]}.1.{place[2]}" not in names}
 
 

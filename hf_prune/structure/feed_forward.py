@@ -19,6 +19,9 @@ from hf_prune.structure.sites import Attribute, FullWidthNorm, Read, Refusal, Si
 from hf_prune.structure.source import reads_config, source_of
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
 class _Refused(Exception):
     """This feed-forward can't be pruned soundly; the message is the reason."""
 
@@ -52,8 +55,7 @@ def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
 
 
 def _is_projection(module: nn.Module | None, may_be_convolved: bool) -> bool:
-    convolutions = (nn.Conv1d, nn.Conv2d)
-    return is_linear(module) or (may_be_convolved and isinstance(module, convolutions) and module.groups == 1)
+    return is_linear(module) or (may_be_convolved and isinstance(module, _CONVOLUTIONS) and module.groups == 1)
 
 
 def _is_alone(module: nn.Module, layout: FeedForwardLayout, widens: bool) -> bool:
@@ -120,7 +122,7 @@ def _beside(module: nn.Module, parts: set[str], d_ff: int) -> Iterator[tuple[str
 
 def _is_by_channel(module: nn.Module, d_ff: int) -> bool:
     """A depthwise convolution, or a batch norm, over the neurons."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, _CONVOLUTIONS):
         return module.groups == module.in_channels == d_ff
     return isinstance(module, _BatchNorm) and module.num_features == d_ff
 

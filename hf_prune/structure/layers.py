@@ -9,7 +9,17 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from hf_prune.structure import layouts
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_absent, is_linear, is_within, parents, read_list
+from hf_prune.structure.naming import (
+    ModuleNames,
+    d_in,
+    d_out,
+    is_absent,
+    is_attention,
+    is_linear,
+    is_within,
+    parents,
+    read_list,
+)
 from hf_prune.structure.sites import Refusal, Site
 from hf_prune.structure.source import forward_of
 
@@ -71,8 +81,8 @@ def _is_mixed_list(module: nn.Module) -> bool:
 
 
 def _is_list_of_attentions(module: nn.Module) -> bool:
-    kinds = [type(block).__name__ for block in module.children()] if isinstance(module, nn.ModuleList) else []
-    return len(kinds) > 1 and all(re.search("Attention|Attn", kind) for kind in kinds)
+    blocks = list(module.children()) if isinstance(module, nn.ModuleList) else []
+    return len(blocks) > 1 and all(map(is_attention, blocks))
 
 
 def _is_whole_layer(block: nn.Module) -> bool:
@@ -81,7 +91,7 @@ def _is_whole_layer(block: nn.Module) -> bool:
     One convolution with its norm is no block yet, but a part of one (ResNet's).
     """
     inside = [each for each in block.modules() if each is not block]
-    if any(re.search("Attention|Attn", type(each).__name__) for each in inside):
+    if any(map(is_attention, inside)):
         return any("Norm" in type(each).__name__ for each in block.children())
     maps = [each for each in inside if _is_map(each)]
     mixes = any(isinstance(each, (nn.Conv1d, nn.Conv2d)) for each in maps)
@@ -90,7 +100,7 @@ def _is_whole_layer(block: nn.Module) -> bool:
 
 def _holds_stack(names: ModuleNames, block: str) -> bool:
     """Whether a list inside of it holds residual blocks, so that it is a stage and no block with an attention of its own."""
-    if any(re.search("Attention|Attn", type(each).__name__) for each in names.modules[block].children()):
+    if any(map(is_attention, names.modules[block].children())):
         return False
     return any(
         _is_list_of_blocks(each)
@@ -181,7 +191,7 @@ def resizing(
 
 
 def _is_in_attention(names: ModuleNames, name: str) -> bool:
-    return any(re.search("Attention|Attn", type(names.modules[around]).__name__) for around in parents(name))
+    return any(is_attention(names.modules[around]) for around in parents(name))
 
 
 def _is_map(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -132,6 +133,11 @@ def parents(name: str) -> Iterator[str]:
 def is_within(name: str, module: str) -> bool:
     """Whether `name` is the module or inside of it."""
     return f"{name}.".startswith(f"{module}.")
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether its class calls itself one."""
+    return re.search("Attention|Attn", type(module).__name__) is not None
 
 
 def is_absent(module: nn.Module) -> bool:

@@ -95,7 +95,7 @@ def _feed_forwards(names: ModuleNames, block: str) -> list[tuple[str, list[str],
             output = names.modules[projections[-1]]
             if not is_linear(output) and (name == block or d_in(output) < d_out(output)):
                 continue  # convolutions of the block itself; a gate (squeeze and excitation), which adds nothing
-            whole = name != block and not _holds_norm(names.modules[name], d_out(names.modules[projections[-1]]))
+            whole = name != block and not _holds_norm(names.modules[name], d_out(output))
             found.append((name, [name] if whole else projections, projections[-1]))
     return found
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_linear, is_pointwise, is_within
+from hf_prune.structure.naming import ModuleNames, d_in, d_out, is_attention, is_linear, is_pointwise, is_within
 from hf_prune.structure.sites import Part, Refusal, Site
 
 
@@ -53,7 +52,7 @@ def _attentions(names: ModuleNames, covered: set[str], refused: set[str]) -> dic
     """By the outermost module that calls itself an attention, its linear layers; none of which is in a site."""
     found: dict[str, list[str]] = {}
     for name, module in names.modules.items():
-        if not re.search("Attention|Attn", type(module).__name__) or any(is_within(name, other) for other in found):
+        if not is_attention(module) or any(is_within(name, other) for other in found):
             continue
         inside = [other for other in names.inside(name) if is_linear(names.modules[other])]
         is_torch = isinstance(module, nn.MultiheadAttention)
