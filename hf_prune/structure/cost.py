@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_prune.structure.layouts import OWNED_BY_FIRST_BLOCK
-from hf_prune.structure.naming import is_linear, is_pointwise, is_within
+from hf_prune.structure.naming import is_within
 from hf_prune.structure.sites import ModelStructure, Site
 
 
@@ -129,18 +129,18 @@ def mac_costs(model: nn.Module, structure: ModelStructure, there: UnitMasks, inp
 def _products(
     model: nn.Module, site: Site, sizes: _Present, counted: Mapping[str, float]
 ) -> Iterator[tuple[str, float]]:
-    """For each linear layer of a site, its name and the MACs of one unit in it."""
+    """For each linear layer and convolution of a site, its name and the MACs of one unit in it."""
     for piece, entries in zip(site.slices, sizes.of_unit(model, site), strict=True):
-        if piece.tensor == "weight" and is_pointwise(model.get_submodule(piece.module)):
+        if piece.tensor == "weight":
             yield piece.module, counted.get(piece.module, 0) * entries / model.get_parameter(piece.name).numel()
 
 
 def _mixing(model: nn.Module, site: Site, counted: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """For each attention of a site, its name and the MACs of one unit outside its linear layers."""
+    """For each attention of a site, its name and the MACs of one unit outside what has a weight."""
     for name, module in model.named_modules():
         if site.target == "attention_heads" and fnmatchcase(name, site.name):
             products = sum(
-                counted.get(f"{name}.{path}", 0) for path, inner in module.named_modules() if is_linear(inner)
+                counted.get(f"{name}.{path}", 0) for path, inner in module.named_modules() if hasattr(inner, "weight")
             )
             yield name, (counted.get(name, 0) - products) / site.n_units
 

@@ -12,13 +12,14 @@ from hf_prune.structure import inspect_model
 from hf_prune.structure.cost import count_macs, count_parameters, mac_costs, parameter_costs
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
+from tests.reach.zoo import build
 
 
 def some_of(model, targets):
     """Uneven masks: units 0 and on of each site, the last block of each stack."""
     units = {}
     for number, site in enumerate(inspect_model(model).sites):
-        if site.kind in targets and not (site.branches and site.n_units == 1):
+        if site.kind in targets and site.n_units > 1:
             keep = torch.ones(site.n_units, dtype=torch.bool)
             keep[-1 if site.target == "layers" else slice(1 + number % (site.n_units - 1))] = False
             units[site.key] = keep
@@ -83,3 +84,25 @@ def test_costs_are_what_leaves(name, target):
         assert cost.total == pytest.approx(before, rel=1e-9)
         saved = sum(float(cost.per_unit[key][~keep].sum()) for key, keep in second.items())
         assert saved == pytest.approx(before - after, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target"),
+    [
+        ("segformer", "ffn_neurons"),  # a depthwise convolution between its projections
+        ("segformer", "attention_heads"),  # a convolution inside that all heads share
+        ("efficientnet", "ffn_neurons"),  # squeezes and expands by convolutions
+        ("nystromformer", "attention_heads"),  # a convolution with a channel for each head
+    ],
+)
+def test_costs_of_convolutions_are_what_leaves(model_type, target):
+    built = build(model_type)
+    units = some_of(built.model, [target])
+    structure = inspect_model(built.model)
+    costs = parameter_costs(built.model, structure, {}), mac_costs(built.model, structure, {}, built.inputs)
+    before = counted(built.model, built.inputs)
+    set_masks(built.model, KeepMasks(units=units))
+    remove_masked_(built.model)
+    for cost, full, smaller in zip(costs, before, counted(built.model, built.inputs), strict=True):
+        saved = sum(float(cost.per_unit[key][~keep].sum()) for key, keep in units.items())
+        assert saved == pytest.approx(full - smaller, rel=1e-9)
