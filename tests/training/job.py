@@ -6,6 +6,7 @@ of that step. Before the step `wait_at` all wait for a file `go`. What training 
 NAME-rankN.optimizer.pt (unless sharded), NAME.json, and as a checkpoint to NAME-saved.
 """
 
+import copy
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ def recipe(shrink, **schedule):
     """Masks are final after step 8 of 32: at least 20 follow."""
     return {
         **RECIPE,
-        "prune": [LAYER, *RECIPE["prune"]],
+        "prune": [LAYER, *copy.deepcopy(RECIPE["prune"])],
         "schedule": {"name": "linear", "begin": 0.1, "end": 0.25, "updates": 2, "shrink": shrink, **schedule},
     }
 
