@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -292,7 +293,7 @@ def _saved_and_loaded(model: Any, inputs: Mapping[str, Any]) -> None:
             "loaded by its class it gives something else"
         )
         auto = next(
-            (auto for auto in _autos() if auto._model_mapping.get(type(model.config), None) is type(model)), None
+            (auto for auto in auto_classes() if auto._model_mapping.get(type(model.config), None) is type(model)), None
         )
         if auto is not None:
             loaded = eager(auto.from_pretrained(folder, dtype=dtype))
@@ -302,10 +303,11 @@ def _saved_and_loaded(model: Any, inputs: Mapping[str, Any]) -> None:
             )
 
 
-def _autos() -> Iterator[Any]:
-    for name in dir(transformers):
-        if name.startswith("AutoModel") and getattr(getattr(transformers, name), "_model_mapping", None) is not None:
-            yield getattr(transformers, name)
+@cache
+def auto_classes() -> tuple[Any, ...]:
+    """Those that know models by their configs."""
+    named = (getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel"))
+    return tuple(auto for auto in named if getattr(auto, "_model_mapping", None) is not None)
 
 
 def eager(model: Any) -> Any:

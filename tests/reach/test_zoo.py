@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tests.reach.shrinking import FIRST_WORD, WORDS
 from tests.reach.turn import turn
 from tests.reach.zoo import REASONS, Built, NotBuildable, base_types, build, model_types
+from tests.zoo import is_before
 
 
 BUILT = [model_type for model_type in model_types() if model_type not in REASONS]
@@ -102,6 +103,7 @@ def test_what_is_not_built_says_why() -> None:
     assert all(len(REASONS[model_type]) > 10 for model_type in refused)
 
 
+@pytest.mark.skipif(is_before("5.23"), reason="of the 605 of Transformers 5.23")
 def test_at_least_580_of_the_types_of_automodel() -> None:
     assert len(set(base_types()) & set(BUILT)) >= 580
 
