@@ -1,8 +1,10 @@
-"""For all tests: a model type that the Transformers at hand does not know yet is skipped."""
+"""For all tests: a model type that the Transformers at hand does not know, or that can't be built with it, is skipped."""
 
 import pytest
 import transformers
 from transformers import CONFIG_MAPPING
+
+from tests.reach.zoo import REASONS
 
 
 def pytest_collection_modifyitems(items):
@@ -11,3 +13,5 @@ def pytest_collection_modifyitems(items):
         if model_type and model_type not in CONFIG_MAPPING:
             reason = f"Transformers {transformers.__version__} does not know {model_type}"
             item.add_marker(pytest.mark.skip(reason=reason))
+        elif model_type in REASONS:
+            item.add_marker(pytest.mark.skip(reason=f"{model_type}: {REASONS[model_type]}"))
