@@ -279,33 +279,31 @@ class _StackRepair:
         linear = Linear.of(module)
         weight, bias, matrix = linear.weight, linear.bias, linear.matrix
         d_out, d_in = matrix.shape
-        n = (0 if only_bias else d_in) + (bias is not None)
-        moments = [Moments.zeros(n, d_out, weight.device) for _ in range(2)]
+        # removed inputs keep theirs, removed weights stay out
+        site = WeightSite(f"{name}.weight", name, tuple(weight.shape), reduction_dim=1 if weight is matrix else 0)
+        there = kept_entries(self.structure, self.masks, site).to(weight.device)
+        there = there if weight is matrix else there.T
+        columns = torch.nonzero(there.any(0)).reshape(-1)[: 0 if only_bias else d_in]
+        may_change = torch.cat([there[:, columns], there.new_ones(d_out, int(bias is not None))], 1)
+        moments = [Moments.zeros(may_change.shape[1], d_out, weight.device) for _ in range(2)]
         wide = torch.promote_types(weight.dtype, torch.float32)
         for number, batch in enumerate(current.batches):
             seen = going.until(number, junction.sources)
             inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
             lacking = linear.lacking(current, number, junction, seen, inputs, targets[number])
+            inputs = inputs[:, columns]
             if bias is not None:
-                inputs = torch.cat([inputs[:, :0] if only_bias else inputs, inputs.new_ones(len(inputs), 1)], 1)
+                inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
             moments[is_test(batch.index, self.n_batches)].add_(inputs, lacking)
         reduce_(moments, name)
         fit, test = moments
-        # removed inputs, and those that never fire, keep theirs; removed weights stay out
-        site = WeightSite(f"{name}.weight", name, tuple(weight.shape), reduction_dim=1 if weight is matrix else 0)
-        there = kept_entries(self.structure, self.masks, site).to(weight.device)
-        there = there if weight is matrix else there.T
-        may_change = torch.cat(
-            [there[:, :0] if only_bias else there, there.new_ones(d_out, n)[:, : bias is not None]], 1
-        )
-        alive = (fit.gram.diagonal() + test.gram.diagonal() > 0) & may_change.any(0)
-        index = torch.nonzero(alive).reshape(-1)
+        index = torch.nonzero(fit.gram.diagonal() + test.gram.diagonal() > 0).reshape(-1)  # of those that fire
         fit, test = fit.at(index), test.at(index)
-        n_free, may_change = int(bias is not None), may_change[:, index]
+        options: dict[str, Any] = {"n_free": int(bias is not None), "may_change": may_change[:, index]}
         if only_bias or not test.n_tokens:  # the mean of what left takes no ridge
-            found = refit(fit + test, None, n_free=n_free, may_change=may_change)
+            found = refit(fit + test, None, **options)
         else:
-            found = refit(fit, test, n_free=n_free, may_change=may_change)
+            found = refit(fit, test, **options)
         self.found.ridges.append(0.0 if only_bias else found.ridge)
         self.found.n_tokens.add(fit.n_tokens + test.n_tokens)
         if is_new and self.found.ridges[-1] is None:
@@ -313,11 +311,11 @@ class _StackRepair:
             bias = None
         elif is_new:
             self.found.added.append(f"{name}.bias")
-        change = torch.zeros(d_out, n, dtype=torch.float64, device=weight.device)
+        change = found.change.new_zeros(may_change.shape)
         change[:, index] = found.change
         new = {}
         if not only_bias:
-            matrix.copy_(matrix.double() + change[:, :d_in])
+            matrix[:, columns] = (matrix[:, columns].double() + change[:, : len(columns)]).to(matrix.dtype)
             new["weight"] = weight.detach().cpu().clone()
         if bias is not None:
             bias.copy_(bias.double() + change[:, -1])
