@@ -66,11 +66,10 @@ Edit = dict[tuple[str, str], Any]  # (path of the nested config, field) -> value
 def build(model: PreTrainedModel, config: Any, listed: Kept | None = None) -> PreTrainedModel | None:
     """The model's class on the meta device, with the blocks that are listed; None where the config's own checks refuse.
 
-    Some checks are made when a config is read only: of a backbone's stages, which follow from the depth.
+    Of the config as it is read again from a file: some check and compute only then, as a width that follows from a ratio.
     """
     try:
-        type(config).from_dict(config.to_dict())
-        config = copy.deepcopy(config)
+        config = type(config).from_dict(config.to_dict())
         for _, nested in configs(config):
             if isinstance(dtype := nested.__dict__.get("dtype"), str):  # as `save_pretrained` leaves it
                 nested.dtype = getattr(torch, dtype)

@@ -29,6 +29,7 @@ from hf_prune.structure import inspect_model
 from hf_prune.structure.inputs import example_inputs
 from tests import zoo
 from tests.checkpoint.shrunk import assert_close, outputs, shrunk
+from tests.reach.zoo import build
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
@@ -93,6 +94,17 @@ def test_what_it_can_not_say_carries_a_manifest_and_the_modelling_file(name, tar
     assert config["hf_prune"]["version"] == 1
     assert (tmp_path / "modeling_hf_prune.py").exists()
     assert is_complete(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["step3p7"])  # its width is what its config makes of `mlp_ratio` when it is read
+def test_what_a_config_computes_as_it_is_read_is_no_place_for_a_size(model_type, tmp_path):
+    built = build(model_type)
+    step = {"target": "ffn_neurons", "include": ["*vision*"], "sparsity": 0.5, "criterion": "l2"}
+    hf_prune.prune_(built.model, {"version": 1, "prune": [step]}, calibration=[built.inputs])
+    assert "model.vision_model.layers.0.mlp.fc1" in built.model.config.hf_prune["modules"]
+    expected = outputs(built.model, built.inputs)
+    built.model.save_pretrained(tmp_path)
+    assert_close(expected, outputs(type(built.model).from_pretrained(tmp_path, dtype=torch.float32), built.inputs))
 
 
 def test_a_pipeline_loads_it(tmp_path):
