@@ -35,33 +35,35 @@ import hf_prune
 from hf_prune.recipe.shipped import shipped_recipes
 
 
-def _shipped(name: str, **changes: object) -> dict:
-    """The one step of a shipped recipe."""
-    (step,) = yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8"))["prune"]
-    return step | changes
+def _shipped(name: str, **changes: object) -> list[dict]:
+    """The steps of a shipped recipe, the first with `changes`."""
+    first, *others = yaml.safe_load(shipped_recipes()[name].read_text(encoding="utf-8"))["prune"]
+    return [first | changes, *others]
 
 
 HALF = {"target": "weights", "sparsity": 0.5}
 FIFTH = {"target": "ffn_neurons", "sparsity": {"parameters": 0.2}, "uniform": True}
-# name -> heading, step
-METHODS: dict[str, tuple[str, dict]] = {
-    "magnitude": (common.WEIGHTS, HALF | {"criterion": "l1"}),
-    "wanda": (common.WEIGHTS, HALF | {"criterion": "wanda"}),
-    "sparsegpt-paper": (common.WEIGHTS, HALF | {"criterion": {"name": "sparsegpt", "refine": 0}}),
-    "sparsegpt": (common.WEIGHTS, HALF | {"criterion": "sparsegpt"}),
+# name -> heading, steps
+METHODS: dict[str, tuple[str, list[dict]]] = {
+    "magnitude": (common.WEIGHTS, [HALF | {"criterion": "l1"}]),
+    "wanda": (common.WEIGHTS, [HALF | {"criterion": "wanda"}]),
+    "sparsegpt-paper": (common.WEIGHTS, [HALF | {"criterion": {"name": "sparsegpt", "refine": 0}}]),
+    "sparsegpt": (common.WEIGHTS, [HALF | {"criterion": "sparsegpt"}]),
     "llm-half-weights": (common.WEIGHTS, _shipped("llm-half-weights")),
-    "2:4-wanda": (common.N_OF_M, {"target": "weights", "pattern": "2:4", "criterion": "wanda"}),
+    "2:4-wanda": (common.N_OF_M, [{"target": "weights", "pattern": "2:4", "criterion": "wanda"}]),
     "llm-2-4": (common.N_OF_M, _shipped("llm-2-4")),
-    "neurons": (common.STRUCTURED, FIFTH | {"criterion": "activation"}),
+    "neurons": (common.STRUCTURED, [FIFTH | {"criterion": "activation"}]),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
     "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
-    "layers-10-influence": (common.TENTH_OF_LAYERS, {"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}),
+    "llm-fifth-uniform": (common.STRUCTURED, _shipped("llm-fifth-uniform")),
+    "llm-fifth": (common.STRUCTURED, _shipped("llm-fifth")),
+    "layers-10-influence": (common.TENTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}]),
     "llm-drop-layers-10": (common.TENTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.1)),
-    "layers-20-influence": (common.FIFTH_OF_LAYERS, {"target": "layers", "sparsity": 0.2, "criterion": "block_influence"}),
+    "layers-20-influence": (common.FIFTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.2, "criterion": "block_influence"}]),
     "llm-drop-layers": (common.FIFTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.2)),
 }  # fmt: skip
 # name -> steps: a fifth of the parameters in other ways than the shipped recipes'
-_NEURONS = _shipped("llm-neurons-uniform", criterion={"name": "fisher", "per_token": True})
+(_NEURONS,) = _shipped("llm-neurons-uniform", criterion={"name": "fisher", "per_token": True})
 _FEWER = _NEURONS | {"sparsity": 0.2295}  # beside what a tenth of the layers has
 TRIED: dict[str, list[dict]] = {
     "neurons by activation": [_NEURONS | {"criterion": "activation"}],
@@ -71,9 +73,9 @@ TRIED: dict[str, list[dict]] = {
         {"target": "attention_heads", "sparsity": 0.34, "criterion": "activation", "uniform": True, "compensation": "least_squares"},
         _NEURONS | {"sparsity": 0.226, "criterion": "activation"},
     ],
-    "layers too": [_shipped("llm-drop-layers", sparsity=0.1), _FEWER],
+    "layers too": [*_shipped("llm-drop-layers", sparsity=0.1), _FEWER],
     "attentions too": [
-        _shipped("llm-drop-attention"),
+        *_shipped("llm-drop-attention"),
         {key: value for key, value in _NEURONS.items() if key != "uniform"} | {"sparsity": 0.271, "scope": "global"},
     ],
     "all matrices refitted": [
@@ -128,8 +130,7 @@ def prune(
 def _resolve(method: str, sparsity: float | None) -> tuple[str, tuple[str, list[dict]]]:
     """Name -> (heading, steps) of a method, a recipe file, or either at another sparsity."""
     if method in METHODS:
-        heading, step = METHODS[method]
-        steps = [step]
+        heading, steps = METHODS[method]
     elif method in TRIED:
         heading, steps = common.TRIED, TRIED[method]
     elif Path(method).suffix in (".yaml", ".yml"):

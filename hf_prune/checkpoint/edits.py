@@ -66,10 +66,12 @@ Edit = dict[tuple[str, str], Any]  # (path of the nested config, field) -> value
 def build(model: PreTrainedModel, config: Any, listed: Kept | None = None) -> PreTrainedModel | None:
     """The model's class on the meta device, with the blocks that are listed; None where the config's own checks refuse.
 
-    Of the config as it is read again from a file: some check and compute only then, as a width that follows from a ratio.
+    Of the config as it is read again from a file: some check and compute only then, as a width that follows from a ratio. One
+    that is read as another class, made by hand of parts that its file can't tell, is taken as it is.
     """
     try:
-        config = type(config).from_dict(config.to_dict())
+        again = type(config).from_dict(config.to_dict())
+        config = again if _classes(again) == _classes(config) else copy.deepcopy(config)
         for _, nested in configs(config):
             if isinstance(dtype := nested.__dict__.get("dtype"), str):  # as `save_pretrained` leaves it
                 nested.dtype = getattr(torch, dtype)
@@ -90,6 +92,10 @@ def configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in list(config.__dict__.items()):
         if isinstance(value, PreTrainedConfig):
             yield from configs(value, f"{path}.{name}" if path else name)
+
+
+def _classes(config: Any) -> dict[str, type]:
+    return {path: type(each) for path, each in configs(config)}
 
 
 def at(config: Any, path: str) -> Any:

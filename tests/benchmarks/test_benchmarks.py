@@ -212,12 +212,12 @@ def test_what_was_tried_can_be_tried_again(scripts):
 
 def test_each_method_does_what_its_heading_says(scripts, common):
     n_layers = {common.TENTH_OF_LAYERS: 9, common.FIFTH_OF_LAYERS: 8}
-    for name, (heading, step) in scripts("quality").METHODS.items():
+    for name, (heading, steps) in scripts("quality").METHODS.items():
         torch.manual_seed(0)
         model = zoo.build("llama", num_hidden_layers=10)
         size = model.num_parameters()
         batches = [{"input_ids": torch.randint(5, 99, (4, 32))}]
-        scripts("quality").prune({name: (heading, [step])}, name, model, batches)
+        scripts("quality").prune({name: (heading, steps)}, name, model, batches)
         assert len(model.model.layers) == n_layers.get(heading, 10), name
         if heading in (common.WEIGHTS, common.N_OF_M):
             assert common.share_of_zeros(model) == pytest.approx(0.5, abs=1e-3), name
