@@ -55,8 +55,6 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
     "neurons": (common.STRUCTURED, [FIFTH | {"criterion": "activation"}]),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
     "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
-    "llm-fifth-uniform": (common.STRUCTURED, _shipped("llm-fifth-uniform")),
-    "llm-fifth": (common.STRUCTURED, _shipped("llm-fifth")),
     "layers-10-influence": (common.TENTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}]),
     "llm-drop-layers-10": (common.TENTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.1)),
     "layers-20-influence": (common.FIFTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.2, "criterion": "block_influence"}]),
