@@ -299,11 +299,9 @@ class _StackRepair:
         fit, test = moments
         index = torch.nonzero(fit.gram.diagonal() + test.gram.diagonal() > 0).reshape(-1)  # of those that fire
         fit, test = fit.at(index), test.at(index)
-        options: dict[str, Any] = {"n_free": int(bias is not None), "may_change": may_change[:, index]}
-        if only_bias or not test.n_tokens:  # the mean of what left takes no ridge
-            found = refit(fit + test, None, **options)
-        else:
-            found = refit(fit, test, **options)
+        # the mean of what left takes no ridge
+        fitted, tested = (fit + test, None) if only_bias or not test.n_tokens else (fit, test)
+        found = refit(fitted, tested, n_free=int(bias is not None), may_change=may_change[:, index])
         self.found.ridges.append(0.0 if only_bias else found.ridge)
         self.found.n_tokens.add(fit.n_tokens + test.n_tokens)
         if is_new and self.found.ridges[-1] is None:

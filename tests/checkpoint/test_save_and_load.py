@@ -96,10 +96,9 @@ def test_what_it_can_not_say_carries_a_manifest_and_the_modelling_file(name, tar
     assert is_complete(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "model_type", ["step3p7"]
-)  # its width is what its config makes of `mlp_ratio` when it is read
+@pytest.mark.parametrize("model_type", ["step3p7"])
 def test_what_a_config_computes_as_it_is_read_is_no_place_for_a_size(model_type, tmp_path):
+    """Its width is what its config makes of `mlp_ratio` each time."""
     built = build(model_type)
     step = {"target": "ffn_neurons", "include": ["*vision*"], "sparsity": 0.5, "criterion": "l2"}
     hf_prune.prune_(built.model, {"version": 1, "prune": [step]}, calibration=[built.inputs])
