@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_prune.structure.layouts import OWNED_BY_FIRST_BLOCK
 from hf_prune.structure.naming import is_within
 from hf_prune.structure.sites import ModelStructure, Site
+from hf_prune.structure.source import forward_of
 
 
 UnitMasks = Mapping[str, Tensor]  # by site key, bool (n_units,): True is still there
@@ -208,7 +209,15 @@ def _handed_on(model: nn.Module) -> set[str]:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     owned = (name for name in names if any(f".{own}." in name for own, _ in OWNED_BY_FIRST_BLOCK))
     places = ((name, re.match(r"(\D*)\.0\.(.*)", name)) for name in owned)
-    return {name for name, place in places if place and f"{place[1]}.1.{place[2]}" not in names}
+    alone = {name: place[1] for name, place in places if place and f"{place[1]}.1.{place[2]}" not in names}
+    return {name for name, stack in alone.items() if _hands_on(model.get_submodule(stack.rpartition(".")[0]))}
+
+
+def _hands_on(caller: nn.Module) -> bool:
+    """Whether what runs the blocks gives each the bias that the one before returned (SwitchTransformers' in Transformers 5.12
+    doesn't)."""
+    source = forward_of(caller)
+    return not source or re.search(r"\bposition_bias = (?!None)", source) is not None
 
 
 def _macs_by_module(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import hf_prune
 from hf_prune.apply.masks import set_masks
 from hf_prune.apply.shrink import remove_masked_
 from hf_prune.plan import KeepMasks
@@ -106,3 +107,14 @@ def test_costs_of_convolutions_are_what_leaves(model_type, target):
     for cost, full, smaller in zip(costs, before, counted(built.model, built.inputs), strict=True):
         saved = sum(float(cost.per_unit[key][~keep].sum()) for key, keep in units.items())
         assert saved == pytest.approx(full - smaller, rel=1e-9)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "switch_transformers"])
+def test_what_a_first_block_hands_on_is_counted_where_it_is(model_type):
+    """In Transformers 5.12 the blocks of SwitchTransformers hand nothing on."""
+    model = build(model_type).model
+    structure, before = inspect_model(model), count_parameters(model)
+    first = parameter_costs(model, structure, {}).per_unit["layers:encoder.block"][0]
+    step = {"target": "layers", "remove": {"encoder.block": [0]}}
+    hf_prune.prune_(model, {"version": 1, "prune": [step]})
+    assert count_parameters(model) == before - first
