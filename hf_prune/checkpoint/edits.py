@@ -188,12 +188,12 @@ def _depths(config: Any, depth: int, n_kept: int, said: Mapping[str, Any]) -> It
 
 def width_edits(model: PreTrainedModel, built: PreTrainedModel, config: Any) -> Iterator[Edit]:
     """Edits that may bring the config's widths to the model's: from what each kind of site has now and had before."""
-    before = {site.key: site for site in inspect_model(built).sites}
+    before, now = {site.key: site for site in inspect_model(built).sites}, inspect_model(model)
     for target, fields in FIELDS.items():
         # by entries and not by units: with one key/value head left, a unit is another thing than with two
         changes = dict.fromkeys(
             (_n_entries(before[site.key]), _n_entries(site))
-            for site in inspect_model(model).of(target)  # type: ignore[arg-type]
+            for site in now.of(target)  # type: ignore[arg-type]
             if site.key in before and _n_entries(site) != _n_entries(before[site.key])
         )
         for old, new in changes:

@@ -153,7 +153,8 @@ def _settle(model: PreTrainedModel, kept_layers: Mapping[str, Sequence[int]], li
     widths: Edit = {}
     has_new_biases = any(name.endswith(".bias") for name in wanted.keys() - sizes(base, views).keys())
     missing, zeros = _missing(model, wanted, sizes(base, views), has_new_biases)
-    for edit in chain(width_edits(model, base, with_depth), bias_edits(with_depth) if has_new_biases else ()):
+    may_help = chain(width_edits(model, base, with_depth), bias_edits(with_depth) if has_new_biases else ())
+    for edit in may_help if missing else ():
         if not missing:
             break
         built = build(model, edited(with_depth, {**widths, **edit}), listed)

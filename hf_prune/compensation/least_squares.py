@@ -21,13 +21,16 @@ from hf_prune.errors import CalibrationError
 RIDGES = (1e-12, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0)
 RIDGE_WITHOUT_TEST = 1e-2
 RESTRICTED_STEPS = 50  # of the conjugate gradient, where single weights are gone
-GRAM_ROWS = 256  # of a Gram matrix at a time
+GRAM_ROWS = 128  # of a Gram matrix at a time
 TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64: `gram` of a aᵀ (n, n), `cross` of e aᵀ (d_out, n), `n_tokens`."""
+    """Sums over tokens, float64: `gram` of a aᵀ (n, n), `cross` of e aᵀ (d_out, n), `n_tokens`.
+
+    While batches are added `gram` grows on and above its diagonal alone; `reduce_` makes it whole.
+    """
 
     gram: Tensor
     cross: Tensor
@@ -54,13 +57,10 @@ class Moments:
 
 
 def add_gram_(gram: Tensor, inputs: Tensor) -> None:
-    """gram += inputsᵀ inputs, (n, n); each product of two different inputs once."""
-    n = len(gram)
-    for start in range(0, n, GRAM_ROWS):
-        rows = slice(start, min(start + GRAM_ROWS, n))
-        product = inputs[:, rows].T @ inputs[:, start:]
-        gram[rows, start:] += product
-        gram[rows.stop :, rows] += product[:, rows.stop - start :].T
+    """gram += inputsᵀ inputs, (n, n), on and above the diagonal: what is below is the same."""
+    for start in range(0, len(gram), GRAM_ROWS):
+        rows = slice(start, start + GRAM_ROWS)
+        gram[rows, start:] += inputs[:, rows].T @ inputs[:, start:]
 
 
 def is_test(index: int, n_batches: int) -> bool:
@@ -71,7 +71,7 @@ def is_test(index: int, n_batches: int) -> bool:
 
 
 def reduce_(moments: Sequence[Moments], module: str) -> None:
-    """Sum over processes, in place; `module` is the one whose inputs they are of.
+    """Sum over processes and make Gram matrices whole, in place; `module` is the one whose inputs they are of.
 
     Raises:
         CalibrationError: they are not finite.
@@ -80,6 +80,7 @@ def reduce_(moments: Sequence[Moments], module: str) -> None:
     sum_over_processes([*(total for each in moments for total in (each.gram, each.cross)), counts])
     for each, count in zip(moments, counts.tolist(), strict=True):
         each.n_tokens = int(count)
+        each.gram.copy_(each.gram.triu() + each.gram.triu(1).T)
         if not (torch.isfinite(each.gram).all() and torch.isfinite(each.cross).all()):
             raise CalibrationError(
                 f"what goes into {module} is not finite on the calibration data. Look for broken samples, or load the "

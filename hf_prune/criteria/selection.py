@@ -18,15 +18,24 @@ def lowest(score: Tensor, present: Tensor, gone: Tensor, n_removed: int) -> tupl
     removed = gone & present
     left = n_removed - int(removed.sum())
     candidates = present & ~removed
-    if left <= 0 or not candidates.any():
+    n_candidates = int(candidates.sum())
+    if left <= 0 or not n_candidates:
         return removed, 0
-    values = score[candidates]
-    left = min(left, len(values))
-    cut = torch.kthvalue(values, left).values
+    values = score if n_candidates == len(score) else score[candidates]
+    left = min(left, n_candidates)
+    cut = _kth(values[None], left)[0]
     taken = values < cut
     taken[torch.nonzero(values == cut).reshape(-1)[: left - int(taken.sum())]] = True
-    removed[torch.nonzero(candidates).reshape(-1)[taken]] = True
+    removed[candidates] |= taken
     return removed, int((((values - cut).abs() <= NEAR_TIE * cut.abs()) & ~taken).sum())
+
+
+def _kth(values: Tensor, count: int) -> Tensor:
+    """(rows, n) -> (rows, 1), the `count`-th lowest of each row."""
+    if values.device.type != "cpu":
+        return values.kthvalue(count, dim=1, keepdim=True).values
+    # NumPy's selection takes a tenth of the time of torch.kthvalue
+    return torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1 : count])
 
 
 def lowest_by_row(score: Tensor, present: Tensor, gone: Tensor, n_removed: Tensor) -> tuple[Tensor, int]:
@@ -39,8 +48,7 @@ def lowest_by_row(score: Tensor, present: Tensor, gone: Tensor, n_removed: Tenso
         rows = torch.nonzero(left == count).reshape(-1)
         there = candidates[rows]
         values = score[rows].masked_fill(~there, torch.inf)
-        # NumPy's selection takes a tenth of the time of torch.kthvalue
-        cut = torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1 : count])
+        cut = _kth(values, count)
         taken, equal = values < cut, (values == cut) & there
         ties = count - taken.sum(1, keepdim=True)
         tied = torch.nonzero(equal.sum(1) > ties[:, 0]).reshape(-1)  # not all of them leave: the first do

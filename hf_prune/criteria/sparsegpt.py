@@ -103,8 +103,11 @@ class SparseGPT:
     def _sweep(
         self, matrix: Tensor, factor: Tensor, there: Tensor, n_leaving: int, group: tuple[int, int] | None
     ) -> PrunedMatrix:
-        """Algorithm 1. `factor` is the upper Cholesky factor of H⁻¹: row j holds what column j hands on."""
-        keep = there.clone()
+        """Algorithm 1. `factor` is the upper Cholesky factor of H⁻¹: row j holds what column j hands on.
+
+        Columns lie in memory one after the other here, since they are gone through one by one.
+        """
+        keep, matrix = _by_column(there.clone()), _by_column(matrix)
         n_columns = matrix.shape[1]
         width = self.block if group is None else self.block // group[1] * group[1] or group[1]
         n_there = int(there.sum())
@@ -121,7 +124,7 @@ class SparseGPT:
                 leaving, near = lowest(score, inside, torch.zeros_like(inside), n_here)
                 n_near += near
                 keep[:, start:stop] &= ~leaving.reshape(columns.shape)
-            lost = torch.zeros_like(columns)
+            lost = torch.empty_like(columns)
             for j in range(stop - start):
                 if group is not None and j % group[1] == 0:
                     each = slice(j, j + group[1])
@@ -131,10 +134,14 @@ class SparseGPT:
                     keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, order[:, :n_leave], False)
                     cut = ranked[:, n_leave - 1 : n_leave]  # -1 where nothing that was there has to leave
                     n_near += int(((ranked[:, n_leave:] - cut <= NEAR_TIE * cut) & (cut >= 0)).sum())
-                kept = keep[:, start + j]
-                error = torch.where(kept, 0.0, columns[:, j]) / scale[j]
-                columns[:, j + 1 :].addr_(error, handed[j, j + 1 :], alpha=-1.0)
-                columns[:, j] = torch.where(kept, columns[:, j], 0.0)
-                lost[:, j] = error
+                column, kept, error = columns[:, j], keep[:, start + j], lost[:, j]
+                torch.mul(column, ~kept / scale[j], out=error)
+                columns[:, j + 1 :].T.addr_(handed[j, j + 1 :], error, alpha=-1.0)
+                column.masked_fill_(~kept, 0.0)
             matrix[:, stop:].addmm_(lost, factor[start:stop, stop:], alpha=-1.0)
-        return PrunedMatrix(keep, matrix, n_near)
+        return PrunedMatrix(keep.contiguous(), matrix.contiguous(), n_near)
+
+
+def _by_column(matrix: Tensor) -> Tensor:
+    """(rows, columns), equal, with each column's entries beside each other in memory."""
+    return matrix.T.contiguous().T

@@ -62,16 +62,19 @@ class BlockByBlock:
                 raise RecipeError(
                     f"{site.name}: {group[1]} of {group[0]}:{group[1]} does not divide its {len(columns)} inputs; exclude it"
                 )
-            keep, values = torch.zeros_like(there), torch.zeros_like(matrix, dtype=torch.float32)
             n_left = int(there.sum())
-            if n_left:
-                n_eligible = int(eligible[site.name].sum())
-                n_leaving = 0 if group else n_removed[site.name] - (n_eligible - n_left)
+            n_leaving = 0 if group else max(0, n_removed[site.name] - (int(eligible[site.name].sum()) - n_left))
+            if (len(rows), len(columns)) == there.shape:
+                keep, values, n_near_ties = criterion.prune(matrix, gram, there, n_leaving, group)
+            else:
+                keep, values = torch.zeros_like(there), torch.zeros_like(matrix, dtype=torch.float32)
+                if not n_left:
+                    return keep, values
                 inner = (rows[:, None], columns)
                 keep[inner], values[inner], n_near_ties = criterion.prune(
-                    matrix[inner], gram[columns][:, columns], there[inner], max(0, n_leaving), group
+                    matrix[inner], gram[columns][:, columns], there[inner], n_leaving, group
                 )
-                self.plan.n_near_ties += n_near_ties
+            self.plan.n_near_ties += n_near_ties
             return keep, values
 
         return KeepMasks(weights=self._run(criterion, sites, left, prune))

@@ -108,7 +108,7 @@ def _hands_on_bias(module: nn.Module) -> bool:
 
 def matching(names: ModuleNames, name: str) -> AttentionLayout | None:
     """The layout of the attention `name`, if it is one."""
-    for first, candidates in layouts.attention_by_first_part():
+    for first, candidates in layouts.attention_by_first_part() if names.modules[name]._modules else ():
         if is_linear(names.get(name, first)):
             for layout in candidates:
                 flagged = not layout.flag or getattr(names.modules[name], layout.flag, False)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_prune.calibration.batches import Batch
-from hf_prune.compensation.least_squares import RIDGES, Moments, is_test, refit
+from hf_prune.compensation.least_squares import RIDGES, Moments, is_test, reduce_, refit
 
 
 def data(n_tokens=60, n=7, d_out=4, seed=0, noise=0.1):
@@ -21,6 +21,7 @@ def moments(inputs, lacking, size=None):
     total = Moments.zeros(inputs.shape[1], lacking.shape[1])
     for start in range(0, len(inputs), size or len(inputs)):
         total.add_(inputs[start : start + (size or len(inputs))], lacking[start : start + (size or len(inputs))])
+    reduce_([total], "a module")
     return total
 
 
