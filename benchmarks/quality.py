@@ -3,6 +3,7 @@
     python benchmarks/quality.py                                   # all methods, 128 windows of calibration
     python benchmarks/quality.py --windows 16 sparsegpt wanda      # some, cheaper
     python benchmarks/quality.py --sparsity 0.3 --sparsity 0.7 wanda recipe.yaml
+    python benchmarks/quality.py --offload disk sparsegpt-paper    # what passes between blocks in files
     python benchmarks/quality.py --inputs outputs/benchmark --json benchmarks/results/quality.json    # for rivals.py and page.py
     python benchmarks/quality.py --windows 64 --inputs outputs/benchmark-64 --json benchmarks/results/tried.json tried
 
@@ -101,11 +102,16 @@ def main(
     inputs: Annotated[
         Path | None, typer.Option(help="Directory for model and windows: written, or used if it has them.")
     ] = None,
+    offload: Annotated[
+        str, typer.Option(help="`none` or `disk`, as in a recipe; the latter in the names of rows.")
+    ] = "none",
     json: Annotated[Path | None, typer.Option(help="File for the figures; rows of the same run are added.")] = None,
 ) -> None:
     """Prune in one shot by each method, and print perplexity as a multiple of the dense model's."""
     named = [name for method in methods or METHODS for name in (TRIED if method == "tried" else [method])]
-    chosen = dict(_resolve(method, share) for method in named for share in sparsity or (None,))
+    where = "" if offload == "none" else f", offload {offload}"
+    resolved = [_resolve(method, share) for method in named for share in sparsity or (None,)]
+    chosen = {f"{name}{where}": described for name, described in resolved}
     with tempfile.TemporaryDirectory() as scratch:
         place = inputs or Path(scratch)
         if not (place / common.WINDOWS).exists():
@@ -115,13 +121,18 @@ def main(
         elif (n := len(common.calibration_windows(place))) != windows:
             raise typer.BadParameter(f"{place} has {n} windows of calibration, not {windows}: name another directory")
         described = {name: {"heading": heading, "steps": steps} for name, (heading, steps) in chosen.items()}
-        common.measure_all(described, partial(prune, chosen), place, ["hf_prune"], json)
+        common.measure_all(described, partial(prune, chosen, offload=offload), place, ["hf_prune"], json)
 
 
 def prune(
-    chosen: dict[str, tuple[str, list[dict]]], name: str, model: PreTrainedModel, calibration: common.Batches
+    chosen: dict[str, tuple[str, list[dict]]],
+    name: str,
+    model: PreTrainedModel,
+    calibration: common.Batches,
+    offload: str = "none",
 ) -> PreTrainedModel:
-    hf_prune.prune_(model, {"version": 1, "prune": chosen[name][1]}, calibration=calibration)
+    recipe = {"version": 1, "calibration": {"offload": offload}, "prune": chosen[name][1]}
+    hf_prune.prune_(model, recipe, calibration=calibration)
     return model
 
 

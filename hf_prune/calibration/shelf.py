@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -18,8 +19,10 @@ class OnDisk:
 
     def __init__(self, tensor: Tensor, path: Path):
         self._shape, self._dtype, self._device, self._path = tensor.shape, tensor.dtype, tensor.device, path
-        flat = tensor.detach().cpu().reshape(-1).contiguous()
-        flat.view(torch.uint8).numpy().tofile(path)
+        # not by NumPy: a storage that it has seen can't be resized any more
+        torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).copy_(
+            tensor.detach().reshape(-1)
+        )
         weakref.finalize(self, _remove, path)
 
     def load(self) -> Tensor:
@@ -57,6 +60,12 @@ class Shelf:
         self._n_files += 1
         return OnDisk(tensor, self._directory / f"{self._n_files}.bin")
 
+    def outlasting(self, tensor: Tensor) -> Tensor:
+        """The tensor, to be used after the shelf is gone: on disk mapped from a file without a name, which goes with it."""
+        if not self.is_on_disk or os.name == "nt":  # Windows keeps the name of what is mapped
+            return tensor
+        return taken(self.put(tensor))
+
     def states(self) -> States:
         """An empty list of tensors on this shelf."""
         return States(self)
@@ -66,7 +75,7 @@ class States:
     """Tensors on a shelf, by number, as in a list."""
 
     def __init__(self, shelf: Shelf, held: Iterable[Tensor | OnDisk] = ()):
-        self._shelf, self._held = shelf, list(held)
+        self.shelf, self._held = shelf, list(held)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -75,22 +84,18 @@ class States:
         return taken(self._held[number])
 
     def __setitem__(self, number: int, tensor: Tensor) -> None:
-        self._held[number] = self._shelf.put(tensor)
+        self._held[number] = self.shelf.put(tensor)
 
     def append(self, tensor: Tensor) -> None:
-        self._held.append(self._shelf.put(tensor))
-
-    @property
-    def is_on_disk(self) -> bool:
-        return self._shelf.is_on_disk
+        self._held.append(self.shelf.put(tensor))
 
     def like(self) -> States:
         """An empty list on the same shelf."""
-        return self._shelf.states()
+        return self.shelf.states()
 
     def copy(self) -> States:
         """The same tensors, to be replaced apart."""
-        return States(self._shelf, self._held)
+        return States(self.shelf, self._held)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from hf_prune.calibration.memory import give_back
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
-from hf_prune.calibration.walk import Walk, walk
+from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
@@ -208,10 +208,12 @@ class _StackRepair:
             junctions = self._junctions(position, dense, runs=last > position)
             targets = self._advance(dense, position, last, junctions)
             sources = [place for junction in junctions for place in junction.sources]
-            with walk(current, position, scratch, sources) as going:
+            with Walk(current, position, scratch, sources) as going:
                 for junction in junctions:
                     new = self._refit(scratch, junction, targets[junction], current, position, going)
-                    self.found.values |= {f"{block}.{junction.projection}.{name}": each for name, each in new.items()}
+                    for tensor, values in new.items():
+                        lasting = current.hidden.shelf.outlasting(values)
+                        self.found.values[f"{block}.{junction.projection}.{tensor}"] = lasting
                 going.finish()
             give_back()  # what waited in the block
 

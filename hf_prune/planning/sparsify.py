@@ -24,7 +24,7 @@ from hf_prune.calibration.memory import give_back
 from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
-from hf_prune.calibration.walk import Walk, walk
+from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
@@ -180,11 +180,11 @@ def _prune_block(
     junctions = reference.junctions(list(inside)) if reference and inside else {}
     with ExitStack() as walks:
         sources = [_sources(together, junctions) for together in groups]
-        pruned = walks.enter_context(walk(chain, position, scratch, [place for places in sources for place in places]))
+        pruned = walks.enter_context(Walk(chain, position, scratch, [place for places in sources for place in places]))
         dense = None
         if reference:
             targets = [junction.target for junction in junctions.values()]
-            dense = walks.enter_context(walk(reference.chain, position, reference.block, targets))
+            dense = walks.enter_context(Walk(reference.chain, position, reference.block, targets))
         for together, places in zip(groups, sources, strict=True):
             linears = [Linear.of(scratch.get_submodule(name)) for name in together]
             joins = [junctions[name] for name in together if name in junctions]
@@ -202,7 +202,7 @@ def _prune_block(
                 keep, values = prune(site, matrix, gram, mask.T if transposed else mask)
                 linear.matrix.copy_(values)
                 done.keep[site.name] = (keep.T if transposed else keep).contiguous().cpu()
-                done.values[site.name] = linear.weight.detach().cpu().clone()
+                done.values[site.name] = chain.hidden.shelf.outlasting(linear.weight.detach().cpu().clone())
         pruned.finish()
         if dense:
             dense.finish()

@@ -23,8 +23,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self._known = set()
+        self.peak = 0
+        self._known = {}
+
+    @property
+    def now(self):
+        # what is put away has no bytes meanwhile, and a mapped file (which can't be resized) takes none
+        there = (storage for each in self._known.values() if (storage := each()) is not None)
+        return sum(storage.nbytes() for storage in there if storage.resizable())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -33,16 +39,10 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if id(storage) not in self._known and id(storage) not in given:
-                    self._known.add(id(storage))
-                    size = storage.nbytes()
-                    self.now += size
+                    self._known[id(storage)] = weakref.ref(storage)
+                    weakref.finalize(storage, self._known.pop, id(storage))
                     self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, id(storage), size)
         return result
-
-    def _gone(self, key, size):
-        self._known.discard(key)
-        self.now -= size
 
 
 REPAIR = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": "activation", "compensation": "least_squares"}

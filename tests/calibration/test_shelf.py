@@ -159,3 +159,11 @@ def test_nothing_is_left_after_an_error(folder):
 
 def test_a_shelf_without_a_folder_is_in_memory():
     assert not Shelf().is_on_disk and Shelf(Path("x")).is_on_disk
+
+
+def test_what_outlasts_the_shelf_is_there_when_its_folder_is_gone(folder):
+    x = torch.randn(3, 4)
+    with open_shelf("disk") as shelf:
+        lasting = shelf.outlasting(x)
+    assert not list(folder.iterdir()) and torch.equal(lasting, x) and lasting is not x
+    assert Shelf().outlasting(x) is x
