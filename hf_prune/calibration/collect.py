@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from hf_prune.calibration import statistics as names
 from hf_prune.calibration.batches import Batch, dealt, take, without_logits
 from hf_prune.calibration.branches import Join, PartGates, PartSums, find_joins
-from hf_prune.calibration.loss import loss_sum, n_labels, require_labels, with_labels
+from hf_prune.calibration.loss import drawn_loss_sum, loss_sum, n_labels, require_labels, with_labels
 from hf_prune.calibration.recorders import (
     GateSums,
     InputSums,
@@ -38,6 +38,7 @@ def collect(
     needs: frozenset[str],
     sites: Sequence[Site | WeightSite],
     *,
+    labels: str = "given",
     seed: int = 0,
 ) -> Statistics:
     """Run `model` over `batches` and collect `needs` of `sites`.
@@ -50,6 +51,8 @@ def collect(
         batches: keyword inputs, batch first; every process passes the same.
         needs: fields of `Statistics`.
         sites: what will be scored.
+        labels: of the loss whose gradients are collected: "given", "drawn" from the model's own distribution, or "both", as
+            two losses of the same batch.
         seed: of the private random state.
 
     Raises:
@@ -80,7 +83,7 @@ def collect(
                 hooks.callback(handle.remove)
         try:
             for batch in dealt(inputs, device):
-                n_seen += torch.tensor([batch.n_samples, _run(model, batch, recorders, with_gradients)])
+                n_seen += torch.tensor([batch.n_samples, _run(model, batch, recorders, with_gradients, labels, seed)])
         except CalibrationError as caught:
             error = caught
     raise_together(error)
@@ -145,8 +148,15 @@ def _fires(x: Tensor) -> Tensor:
     return torch.where(torch.isfinite(size), (x.abs() > 0.1 * size).to(x.dtype), torch.nan)
 
 
-def _run(model: nn.Module, batch: Batch, recorders: Sequence[tuple[str, Recorder]], with_gradients: bool) -> int:
-    """One forward pass, and backward pass of the summed loss. Returns how many labels the loss ran over."""
+def _run(
+    model: nn.Module,
+    batch: Batch,
+    recorders: Sequence[tuple[str, Recorder]],
+    with_gradients: bool,
+    labels: str,
+    seed: int,
+) -> int:
+    """One forward pass, and backward passes of the summed losses. Returns how many labels they ran over."""
     count = 0
     if with_gradients:
         batch = with_labels(model, batch)
@@ -155,17 +165,24 @@ def _run(model: nn.Module, batch: Batch, recorders: Sequence[tuple[str, Recorder
         recorder.begin(batch)
     with torch.set_grad_enabled(with_gradients):
         outputs = model(**(batch.inputs if with_gradients else without_logits(model, batch.inputs)))
-        if count:  # a piece of a batch may hold no label
-            loss = loss_sum(outputs, batch, count)
+        losses = []
+        if count and labels in ("given", "both"):  # a piece of a batch may hold no label
+            losses.append(loss_sum(outputs, batch, count))
+        if count and labels in ("drawn", "both"):
+            losses.append(drawn_loss_sum(model, outputs, batch, seed))
+        for left, loss in zip(reversed(range(len(losses))), losses, strict=True):
             if not loss.requires_grad:
                 raise CalibrationError(
                     f"the loss of calibration batch {batch.index} depends on nothing that is to be scored. "
                     "Add calibration data that reaches those modules, or leave them out with `exclude`."
                 )
-            loss.backward()
+            loss.backward(retain_graph=left > 0)
+            for _, recorder in recorders if left else ():  # the next loss is one more batch
+                recorder.end()
+                recorder.begin(batch)
     for _, recorder in recorders:
         recorder.end()
-    return count
+    return count * len(losses)
 
 
 @contextmanager

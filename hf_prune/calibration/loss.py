@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_prune.calibration.batches import IGNORED_LABEL, Batch, is_encoder_decoder
@@ -70,6 +72,41 @@ def loss_sum(outputs: Any, batch: Batch, count: int) -> Tensor:
             "samples or labels, or load the model in bfloat16 or float32."
         )
     return loss.float() * count if loss.dtype != torch.float64 else loss * count
+
+
+def drawn_loss_sum(model: nn.Module, outputs: Any, batch: Batch, seed: int) -> Tensor:
+    """The summed loss with a label drawn from the model's own distribution in the place of each given one, float32 scalar.
+
+    What is drawn for a sample depends on its own labels and the seed, not on the batch that it is in.
+
+    Raises:
+        CalibrationError: no logits, or not a row of them for each label.
+    """
+    logits, labels = getattr(outputs, "logits", None), batch.inputs.get("labels")
+    if (
+        not (isinstance(labels, Tensor) and isinstance(logits, Tensor))
+        or labels.is_floating_point()
+        or logits.shape[:-1] != labels.shape
+    ):
+        raise CalibrationError(
+            f"calibration batch {batch.index}: labels can be drawn where the model has a row of logits for each label, a class; "
+            "use labels: given"
+        )
+    if labels.dim() > 1 and predicts_next_token(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    wanted = labels != IGNORED_LABEL
+    rows = logits[wanted].to(torch.promote_types(logits.dtype, torch.float32))
+    shares = torch.cat([_shares(of_sample[keep].cpu(), seed) for of_sample, keep in zip(labels, wanted, strict=True)])
+    with torch.no_grad():
+        below = rows.softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(below, (shares.to(below) * below[:, -1])[:, None]).squeeze(1)
+    return cross_entropy(rows, drawn.clamp(max=rows.shape[-1] - 1), reduction="sum")
+
+
+def _shares(labels: Tensor, seed: int) -> Tensor:
+    """As many numbers in [0, 1) as there are labels of a sample, (n,) or one, float64: the same for the same labels and seed."""
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(labels.long().contiguous().numpy().tobytes()))
+    return torch.rand(labels.numel(), generator=generator, dtype=torch.float64)
 
 
 def predicts_next_token(model: nn.Module) -> bool:

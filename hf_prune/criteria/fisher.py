@@ -13,6 +13,9 @@ from hf_prune.errors import RecipeError
 from hf_prune.structure.sites import Site, Target, WeightSite
 
 
+LABELS = ("given", "drawn", "both")
+
+
 @dataclass(frozen=True)
 class Fisher:
     """Sum over samples of (dL/dg)², g a gate on the unit: the diagonal of the empirical Fisher information, which stands for
@@ -24,13 +27,19 @@ class Fisher:
             as there are positions, so that it takes fewer samples to tell units apart.
         samples: on how many calibration samples to measure, the first; all if None. Backward passes are most of what
             pruning by this criterion costs.
+        labels: of the loss. "given": the empirical Fisher information. "drawn" from the model's own distribution, one in the
+            place of each given: an estimate of the Fisher information itself, which is nearer to the Hessian where the model
+            errs (Kunstner et al. 2019). "both": the sum of the two, of one forward and two backward passes.
     """
 
     per_token: bool = False
     samples: int | None = None
+    labels: str = "given"
     loss_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.labels not in LABELS:
+            raise RecipeError(f"labels of criterion fisher is {self.labels!r}; expected one of {', '.join(LABELS)}")
         if self.samples is not None and self.samples < 1:
             raise RecipeError(f"samples of criterion fisher is {self.samples}; expected at least 1")
 

@@ -235,9 +235,10 @@ class StepPlanner:
         if of_data:
             model = self._as_left()
             # an allocation that looks too looks at all
-            samples = None if self.allocation else getattr(self.criterion, "samples", None)
-            batches = at_most(self._require_batches(), samples)
-            statistics = collect(model, batches, of_data, sites, seed=self.recipe.seed)
+            own = None if self.allocation else self.criterion
+            batches = at_most(self._require_batches(), getattr(own, "samples", None))
+            labels = getattr(own, "labels", "given")
+            statistics = collect(model, batches, of_data, sites, labels=labels, seed=self.recipe.seed)
         if needs & NEEDS_OF_TRAINING:
             statistics.movement = self._require_movement(sites)
         self.looked = model, statistics

@@ -40,7 +40,10 @@ CRITERIA = {
     "fluctuation": CriterionEntry("fluctuation", "Fluctuation", targets=UNITS - {"layers", "experts"}),
     "apoz": CriterionEntry("apoz", "Apoz", targets=frozenset({"ffn_neurons"})),
     "fisher": CriterionEntry(
-        "fisher", "Fisher", targets=UNITS - {"experts"}, options={"per_token": "boolean", "samples": "integer"}
+        "fisher",
+        "Fisher",
+        targets=UNITS - {"experts"},
+        options={"per_token": "boolean", "samples": "integer", "labels": "string"},
     ),
     "loss_change": CriterionEntry(
         "loss_change",

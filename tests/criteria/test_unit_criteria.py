@@ -77,6 +77,56 @@ def test_fisher_looks_at_the_first_samples_alone():
         get("fisher", {"samples": 0})
 
 
+def test_fisher_draws_labels_from_the_models_own_distribution():
+    """Over many seeds the mean over drawn labels is the expectation under the model, summed over all labels."""
+    model = zoo.build("bert", torch.float64)
+    site = inspect_model(model).of("ffn_neurons")[0]
+    (batch,) = labelled("bert", n_batches=1, size=2)
+    gate = torch.ones(1, site.n_units, dtype=torch.float64, requires_grad=True)
+    handle = model.get_submodule(site.reads[0].module).register_forward_pre_hook(
+        lambda module, args: (args[0] * gate,)
+    )
+    expected = torch.zeros(site.n_units, dtype=torch.float64)
+    for sample in range(2):
+        one = {key: value[sample : sample + 1] for key, value in batch.items() if key != "labels"}
+        for log_probability in model(**one).logits[0].log_softmax(-1):
+            (gradient,) = torch.autograd.grad(log_probability, gate, retain_graph=True)
+            expected += log_probability.exp().detach() * gradient[0].square() / 2
+    handle.remove()
+
+    def squares(labels, seed=0, inputs=batch):
+        found = collect(model, [inputs], get("fisher").needs("ffn_neurons"), [site], labels=labels, seed=seed)
+        return found.squared_gate_gradients[site.key]
+
+    drawn = torch.stack([squares("drawn", seed) for seed in range(400)])
+    error = drawn.std(0) / len(drawn) ** 0.5
+    assert ((drawn.mean(0) - expected).abs() < 5 * error + 1e-12).all()
+    # the sum of both, over twice as many labels; the same labels for a sample whatever batch it is in
+    assert torch.allclose(2 * squares("both"), squares("given") + squares("drawn"), rtol=1e-9)
+    apart = [squares("drawn", inputs={key: value[n : n + 1] for key, value in batch.items()}) for n in range(2)]
+    assert torch.allclose(sum(apart) / 2, squares("drawn"), rtol=1e-9)
+
+
+def test_fisher_draws_the_next_token_where_one_is_wanted():
+    model = zoo.build("llama", torch.float64)
+    site = inspect_model(model).of("ffn_neurons")[0]
+    (batch,) = labelled("llama", n_batches=1, size=2)
+    step = {"target": "ffn_neurons", "sparsity": 0.5, "criterion": {"name": "fisher", "labels": "drawn"}}
+    plan = make_plan(model, {"version": 1, "prune": [step]}, calibration=[batch])
+    statistics = collect(model, [batch], get("fisher").needs("ffn_neurons"), [site], labels="drawn")
+    assert statistics.n_labels == 2 * 7
+    score = statistics.squared_gate_gradients[site.key]
+    assert score[plan.masks.units[site.key]].min() >= score[~plan.masks.units[site.key]].max()
+    with pytest.raises(RecipeError, match="labels of criterion fisher is 'all'; expected one of given, drawn, both"):
+        get("fisher", {"labels": "all"})
+    regression = zoo.build("bert", num_labels=1)
+    inputs = {**labelled("bert", n_batches=1, size=2)[0], "labels": torch.zeros(2)}
+    with pytest.raises(
+        CalibrationError, match="labels can be drawn where the model has a row of logits for each label"
+    ):
+        make_plan(regression, {"version": 1, "prune": [step]}, calibration=[inputs])
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 def test_fisher_of_layers_is_the_gate_on_what_a_layer_adds(per_token):
     model = zoo.build("bert", torch.float64)
