@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
     "2:4-wanda": (common.N_OF_M, [{"target": "weights", "pattern": "2:4", "criterion": "wanda"}]),
     "llm-2-4": (common.N_OF_M, _shipped("llm-2-4")),
     "neurons": (common.STRUCTURED, [FIFTH | {"criterion": "activation"}]),
+    "neurons-greedy": (common.STRUCTURED, [FIFTH | {"sparsity": 0.338, "round_to": 8, "criterion": "greedy"}]),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
     "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
     "layers-10-influence": (common.TENTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}]),

@@ -1,6 +1,6 @@
 """Refit of a projection in closed form.
 
-Axes: a (n,) the projection's inputs, e (d_out,) what its output lacks, both by token.
+Axes, by token: a (n,) the projection's inputs, y (d_out,) what it should put out, e = y - W a what it lacks of that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEST_EVERY = 5  # of the calibration batches every fifth chooses the ridge
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64: `gram` of a aᵀ (n, n), `cross` of e aᵀ (d_out, n), `n_tokens`.
+    """Sums over tokens, float64: `gram` of a aᵀ (n, n), `cross` of y aᵀ or e aᵀ (d_out, n), `n_tokens`.
 
     While batches are added `gram` grows on and above its diagonal alone; `reduce_` makes it whole.
     """
@@ -41,12 +41,16 @@ class Moments:
         options = {"dtype": torch.float64, "device": device}
         return cls(torch.zeros(n, n, **options), torch.zeros(d_out, n, **options))  # type: ignore[arg-type]
 
-    def add_(self, inputs: Tensor, lacking: Tensor) -> None:
-        """One batch: `inputs` (n_tokens, n), `lacking` (n_tokens, d_out); products in float32 or better."""
-        inputs, lacking = _at_least_float32(inputs), _at_least_float32(lacking)
+    def add_(self, inputs: Tensor, outputs: Tensor) -> None:
+        """One batch: `inputs` (n_tokens, n), y or e (n_tokens, d_out); products in float32 or better."""
+        inputs, outputs = _at_least_float32(inputs), _at_least_float32(outputs)
         add_gram_(self.gram, inputs)
-        self.cross += lacking.T @ inputs
+        self.cross += outputs.T @ inputs
         self.n_tokens += len(inputs)
+
+    def lacking(self, matrix: Tensor) -> Moments:
+        """From y to e, of the W that is there, (d_out, n): Σ e aᵀ = Σ y aᵀ - W Σ a aᵀ, which takes no pass over the tokens."""
+        return Moments(self.gram, self.cross - matrix.double() @ self.gram, self.n_tokens)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.gram + other.gram, self.cross + other.cross, self.n_tokens + other.n_tokens)

@@ -29,7 +29,7 @@ from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks
+from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks, wanted_of
 from hf_prune.recipe.fields import Compensation
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
@@ -292,13 +292,16 @@ class _StackRepair:
         for number, batch in enumerate(current.batches):
             seen = going.until(number, junction.sources)
             inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
-            lacking = linear.lacking(current, number, junction, seen, inputs, targets[number])
+            wanted = wanted_of(current, number, junction, seen, targets[number], wide)
+            if only_bias:
+                wanted = wanted - inputs @ matrix.T.to(wide)
             inputs = inputs[:, columns]
             if bias is not None:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-            moments[is_test(batch.index, self.n_batches)].add_(inputs, lacking)
+            moments[is_test(batch.index, self.n_batches)].add_(inputs, wanted)
         reduce_(moments, name)
-        fit, test = moments
+        now = torch.cat([matrix[:, columns], *([] if bias is None else [bias[:, None]])], 1)
+        fit, test = (each.lacking(now) for each in moments)
         index = torch.nonzero(fit.gram.diagonal() + test.gram.diagonal() > 0).reshape(-1)  # of those that fire
         fit, test = fit.at(index), test.at(index)
         # the mean of what left takes no ridge

@@ -62,30 +62,21 @@ class Linear:
         assert bias is None or isinstance(bias, Tensor)
         return cls(weight, bias, weight.T if isinstance(module, Conv1D) else weight)
 
-    def lacking(
-        self,
-        chain: Chain,
-        number: int,
-        junction: Junction,
-        seen: Mapping[Place, Tensor],
-        inputs: Tensor,
-        target: Tensor,
-    ) -> Tensor:
-        """What the layer's output lacks of the sum that it should come to: s - r - W a - b.
 
-        Args:
-            chain, number: the batch, whose padding is left out.
-            junction: of the layer.
-            seen: at the junction's sources.
-            inputs: a, (n_tokens, d_in); its dtype is that of the result.
-            target: s, (B, T, d_out).
+def wanted_of(
+    chain: Chain, number: int, junction: Junction, seen: Mapping[Place, Tensor], target: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What a layer should put out, so that the sum at its junction comes to what it is in the dense model: s - r.
 
-        Returns:
-            (n_tokens, d_out).
-        """
-        left = chain.tokens(number, target).to(inputs.dtype) - inputs @ self.matrix.T.to(inputs.dtype)
-        if (rest := junction.rest(seen)) is not None:
-            left -= chain.tokens(number, rest).to(inputs.dtype)
-        if self.bias is not None:
-            left -= self.bias.to(inputs.dtype)
-        return left
+    Args:
+        chain, number: the batch, whose padding is left out.
+        junction: of the layer.
+        seen: at the junction's sources.
+        target: s, (B, T, d_out).
+
+    Returns:
+        (n_tokens, d_out), of `dtype`.
+    """
+    wanted = chain.tokens(number, target).to(dtype)
+    rest = junction.rest(seen)
+    return wanted if rest is None else wanted - chain.tokens(number, rest).to(dtype)

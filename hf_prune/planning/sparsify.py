@@ -28,7 +28,7 @@ from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, masked_copy
+from hf_prune.planning.scratch import Linear, masked_copy, wanted_of
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 from hf_prune.structure.naming import is_within
 
@@ -191,6 +191,9 @@ def _prune_block(
             fit, test = _moments(linears, joins, places, chain, pruned, dense, n_batches)
             reduce_([fit, test], f"{block}.{together[0]}".removesuffix("."))
             gram = fit.gram + test.gram
+            if joins:
+                now = torch.cat([linear.matrix for linear in linears])
+                fit, test = fit.lacking(now), test.lacking(now)
             change = refit(fit, test if test.n_tokens else None).change if joins else None  # (sum of d_out, d_in)
             for name, linear in zip(together, linears, strict=True):
                 site = inside[name]
@@ -254,7 +257,7 @@ def _moments(
 ) -> tuple[Moments, Moments]:
     """Of the common input of `linears`: the sums that fit, and those that test the fit; of this process.
 
-    With `dense`, `cross` is of what their outputs, one after the other, lack of the dense model's; without, it is empty.
+    With `dense`, `cross` is of what their outputs, one after the other, should be but for biases; without, it is empty.
     """
     first, d_out = linears[0].matrix, sum(len(linear.matrix) for linear in linears)
     moments = [Moments.zeros(first.shape[1], d_out if dense else 0, first.device) for _ in range(2)]
@@ -262,16 +265,15 @@ def _moments(
     for number, batch in enumerate(chain.batches):
         seen = pruned.until(number, places)
         inputs = chain.tokens(number, seen[places[0]]).to(wide)
-        lacking = inputs[:, :0]
+        wanted = inputs[:, :0]
         if dense:
             targets = dense.until(number, [junction.target for junction in junctions])
-            lacking = torch.cat(
-                [
-                    linear.lacking(chain, number, junction, seen, inputs, targets[junction.target])
-                    for linear, junction in zip(linears, junctions, strict=True)
-                ],
-                1,
-            )
-        moments[is_test(batch.index, n_batches)].add_(inputs, lacking)
+            each = [
+                wanted_of(chain, number, junction, seen, targets[junction.target], wide)
+                - (0 if linear.bias is None else linear.bias.to(wide))
+                for linear, junction in zip(linears, junctions, strict=True)
+            ]
+            wanted = torch.cat(each, 1)
+        moments[is_test(batch.index, n_batches)].add_(inputs, wanted)
     fit, test = moments
     return fit, test

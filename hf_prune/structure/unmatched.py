@@ -25,11 +25,18 @@ def find(names: ModuleNames, sites: Sequence[Site], refusals: Sequence[Refusal])
     for name, module in names.modules.items():
         if name in known or any(is_within(name, attention) for attention in attentions):
             continue
-        stacked = [own for own, each in module.named_parameters(recurse=False) if each.dim() == 3]
-        if len(stacked) > 1 and "xpert" in type(module).__name__ and name not in covered:
+        if len(stacked := _stacked(name, module, covered)) > 1:
             yield Refusal("ffn_neurons", name, f"its stacked experts ({', '.join(stacked)}) match no known layout")
         elif pair := _widening_pair(names, name, module, covered):
             yield Refusal("ffn_neurons", name, f"{pair[0]} and {pair[1]} match no known layout; {HOW_TO_ADD}")
+
+
+def _stacked(name: str, module: nn.Module, covered: set[str]) -> list[str]:
+    """Of what calls itself experts, 3-D parameters of its own or of its children that are in no site."""
+    if "xpert" not in type(module).__name__:
+        return []
+    held = ((path, f"{name}.{path}".rpartition(".")[0]) for path, each in module.named_parameters() if each.dim() == 3)
+    return [path for path, owner in held if path.count(".") < 2 and owner not in covered]
 
 
 def of_parts(

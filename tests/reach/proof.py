@@ -15,7 +15,7 @@ import copy
 import re
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -134,7 +134,7 @@ def _proven(subject: Subject, target: str, scope: str, held: Mapping[str, list[s
     if subject.can["repeat"] and _same(reference, outputs(subject.model, subject.inputs), 0.0):
         raise Wrong("what was removed changes no output of the model")
     notes = list(_checked(subject, smaller))
-    if lost := missed(subject.structure, target, held):
+    if lost := missed(subject.model, subject.structure, target, held):
         raise Wrong(f"proven, but it leaves out in silence: {', '.join(lost)}")
     return "proven" + (f" ({', '.join(notes)})" if notes else "")
 
@@ -175,7 +175,7 @@ def _checked(subject: Subject, smaller: nn.Module) -> Iterator[str]:
             yield f"neither it nor the dense model can {name} here"
 
 
-def missed(structure: ModelStructure, target: str, held: Mapping[str, list[str]]) -> list[str]:
+def missed(model: nn.Module, structure: ModelStructure, target: str, held: Mapping[str, list[str]]) -> list[str]:
     """What the census holds of a target and hf_prune neither found nor refused. Names have `*` for numbers.
 
     Parts are those of layers, and count by stack: an attention to another stack is no part, by definition.
@@ -186,7 +186,16 @@ def missed(structure: ModelStructure, target: str, held: Mapping[str, list[str]]
     places = [name for site in own for name in (site.name, *site.blocks, *(piece.module for piece in site.slices))]
     places += [refusal.name for refusal in structure.refusals if refusal.kind == target]
     known = {starred(place) for place in places}
-    return [name for name in held_of(target, held) if not any(_overlap(name, place) for place in known)]
+    here = {starred(name) for name, _ in model.named_modules()}
+    names = {_name_here(name, here) for name in held_of(target, held)} - {""}
+    return [name for name in sorted(names) if not any(_overlap(name, place) for place in known)]
+
+
+def _name_here(name: str, here: Collection[str]) -> str:
+    """A place of the census in the model at hand: in another Transformers it may be less deep; "" where there is none."""
+    while name and name not in here:
+        name = name.partition(".")[2]
+    return name
 
 
 def held_of(target: str, held: Mapping[str, list[str]]) -> list[str]:

@@ -78,6 +78,26 @@ def test_what_matches_no_layout_is_told_with_how_to_add_one(registered):
         require_sites(structure, "ffn_neurons")
 
 
+class Stacked(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class GroupedExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = Stacked(4, 32, 96), Stacked(4, 48, 32)
+
+
+def test_experts_whose_weights_are_stacked_in_modules_of_their_own_are_told(registered):
+    """As in Aria, in Transformers 5.12."""
+    model = Model()
+    model.blocks[1].think = GroupedExperts()
+    told = {refusal.name: refusal.reason for refusal in inspect_model(model).refusals}
+    assert told["blocks.1.think"] == "its stacked experts (fc1.weight, fc2.weight) match no known layout"
+
+
 def test_a_layout_of_ones_own_is_pruned_exactly(registered):
     hf_prune.register_layout(hf_prune.AttentionLayout(query="ask", key="hold", value="say", output="write"))
     hf_prune.register_layout(hf_prune.FeedForwardLayout(inputs=("widen",), output="shrink"))
