@@ -44,7 +44,6 @@ def _shipped(name: str, **changes: object) -> list[dict]:
 
 HALF = {"target": "weights", "sparsity": 0.5}
 FIFTH = {"target": "ffn_neurons", "sparsity": {"parameters": 0.2}, "uniform": True}
-THIRD = FIFTH | {"sparsity": 0.338, "round_to": 8}  # of the neurons: a fifth of SmolLM2-135M's parameters
 # name -> heading, steps
 METHODS: dict[str, tuple[str, list[dict]]] = {
     "magnitude": (common.WEIGHTS, [HALF | {"criterion": "l1"}]),
@@ -55,8 +54,7 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
     "2:4-wanda": (common.N_OF_M, [{"target": "weights", "pattern": "2:4", "criterion": "wanda"}]),
     "llm-2-4": (common.N_OF_M, _shipped("llm-2-4")),
     "neurons": (common.STRUCTURED, [FIFTH | {"criterion": "activation"}]),
-    "neurons-greedy": (common.STRUCTURED, [THIRD | {"criterion": "greedy"}]),
-    "neurons-greedy-dense": (common.STRUCTURED, [THIRD | {"criterion": {"name": "greedy", "dense_target": True}}]),
+    "neurons-greedy": (common.STRUCTURED, [FIFTH | {"sparsity": 0.338, "round_to": 8, "criterion": "greedy"}]),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
     "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
     "layers-10-influence": (common.TENTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}]),
