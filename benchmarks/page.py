@@ -36,8 +36,8 @@ The second runs in an environment of its own; [its head](../benchmarks/rivals.py
 - Calibration goes through the models in batches of 8 windows (hf_prune runs pieces of two), in llm-compressor of one, its default.
 - The rows were measured at several commits, while other work ran on the machine, which makes CPU seconds larger, in no row by as much as in
   another: take them as upper bounds. Perplexities don't depend on that. The two rows of Wanda at 50 % were measured one after the other, with
-  one other process on the second core; on a slower day, `sparsegpt-paper` alone, on disk with one to three others, and so
-  the rows of `neurons-greedy`.
+  one other process on the second core. `sparsegpt-paper`, `sparsegpt-paper, offload disk` and `neurons-greedy` were measured on a slower day
+  than the others: the first with nothing else running, the other two beside one to three jobs.
 - llm-compressor's magnitude modifier applies its masks after optimizer steps, so in one shot it removes nothing.
 - CPU seconds are user and system time of the pruning alone, with what a tool checks by itself (hf_prune compares the smaller model with
   the masked one), without loading and evaluating. Peak memory is of a process that does nothing else, until it has pruned.

@@ -132,9 +132,8 @@ class _Asleep:
         self._block, self._shelf = block, chain.hidden.shelf
         self._rows = [chain.hidden[number].shape[:-1] for number in range(len(chain.calls))]
         self._noted: list[list[weakref.ref[Tensor]]] = [[] for _ in chain.calls]
-        self._away: list[list[_Held]] = [
-            [] for _ in chain.calls
-        ]  # of the one that is awake, what is on the shelf as well
+        # of the batch that is awake, what is on the shelf as well
+        self._away: list[list[_Held]] = [[] for _ in chain.calls]
         self._awake = 0
         self._weights = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *block.buffers())}
 
