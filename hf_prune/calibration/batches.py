@@ -212,17 +212,30 @@ def dealt(batches: Sequence[Mapping[str, Any]], device: torch.device) -> Iterato
     """
     rank, world = rank_and_world()
     for index in range(rank, len(batches), world):
-        inputs = dict(batches[index])
-        size = n_samples(inputs, index)
-        ids = inputs.get("input_ids")
-        at_once = size
-        if device.type == "cpu" and isinstance(ids, Tensor) and ids.dim() == 2:
-            at_once = max(1, PIECE_TOKENS // max(1, ids.shape[1]))
-        for start in range(0, size, at_once):
-            piece = _samples(inputs, size, start, start + at_once)
+        for piece in _pieces(batches[index], index, device):
             yield Batch.of(index, piece, device)
-            if piece is inputs:
-                break
+
+
+def turns(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[tuple[int, int]]:
+    """What `dealt` deals to all processes, in the order of `batches`: to which, and as which of its own."""
+    n_dealt = [0] * rank_and_world()[1]
+    order = []
+    for index, batch in enumerate(batches):
+        rank = index % len(n_dealt)
+        for _ in _pieces(batch, index, device):
+            order.append((rank, n_dealt[rank]))
+            n_dealt[rank] += 1
+    return order
+
+
+def _pieces(batch: Mapping[str, Any], index: int, device: torch.device) -> list[Inputs]:
+    inputs = dict(batch)
+    at_once = size = n_samples(inputs, index)
+    ids = inputs.get("input_ids")
+    if device.type == "cpu" and isinstance(ids, Tensor) and ids.dim() == 2:
+        at_once = max(1, PIECE_TOKENS // max(1, ids.shape[1]))
+    pieces = [_samples(inputs, size, start, start + at_once) for start in range(0, size, at_once)]
+    return pieces[:1] if pieces[0] is inputs else pieces
 
 
 def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

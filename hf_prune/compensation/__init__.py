@@ -1,1 +1,1 @@
-"""Repair without training: the tensors that make up for what left. One file each."""
+"""Repair in closed form: the tensors that make up for what left. One file each."""

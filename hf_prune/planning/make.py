@@ -136,6 +136,5 @@ class _Repairs:
             give_back()
             plan.replacements.update(found.values)
             plan.added += found.added
-            notes = [*found.notes, *([found.note()] if found.ridges else [])]
-            plan.notes += [note for note in notes if note not in plan.notes]
+            plan.notes += [note for note in found.said() if note not in plan.notes]
             self.is_due = False

@@ -5,12 +5,15 @@ that the dense model has at the same place, so that a refit makes up for its own
 it left over: Σ |s - r - W a|², s the dense sum, r and a of the pruned model. For a run of dropped layers s is the dense
 model's after the run, as in ReplaceMe (Shopkhoev et al. 2025), where a linear map on the projection's output is
 fitted; here it is the whole projection, of which that map is a special case, and the checkpoint keeps its shape as well.
+
+Where the recipe asks for it, all that is left of each block then learns what a linear fit can't reach (`reconstruct.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_prune.apply.present import dropped_modules, kept_entries
 from hf_prune.apply.replace import add_bias_, remove_biases_
-from hf_prune.calibration.batches import dealt
+from hf_prune.calibration.batches import dealt, turns
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
 from hf_prune.calibration.memory import give_back
@@ -29,9 +32,13 @@ from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
 from hf_prune.errors import RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.scratch import Linear, masked_copy, require_in_stacks, wanted_of
+from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, mean_error, reconstruct_
+from hf_prune.planning.scratch import Linear, mask_, masked_copy, require_in_stacks, wanted_of
 from hf_prune.recipe.fields import Compensation
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
+
+
+ROUNDING = 1e-9  # a smaller relative error of a block is none
 
 
 @dataclass
@@ -44,15 +51,19 @@ class Wanted:
     before_runs: bool = False  # the projection before each run of dropped layers
     after_drops: bool = False  # every output projection of the blocks behind the first dropped one
     after_parts: bool = False  # every one behind the first dropped part, and beside it in its block
+    reconstruction: Reconstruction | None = None  # of each block from the first that lost something
 
     def add(self, structure: ModelStructure, target: str, compensation: Compensation, masks: KeepMasks) -> None:
-        """What one step asks for, given what it removes."""
+        """What one step asks for, given what it removes. Of several reconstructions the longest counts."""
+        if compensation.name == "reconstruct":
+            how = Reconstruction(compensation.epochs, compensation.learning_rate)
+            self.reconstruction = max(self.reconstruction or how, how)
         if any(structure[key].branches for key in masks.units):
             self.after_parts = True
             return
         if target == "layers":
             self.before_runs = True
-            self.after_drops |= compensation.name == "least_squares"
+            self.after_drops |= compensation.name != "linear"
             return
         for key, keep in masks.units.items():
             if not keep.all():
@@ -70,10 +81,18 @@ class Repaired:
     added: list[str] = field(default_factory=list)  # of these, the biases that the model has not
     ridges: list[float | None] = field(default_factory=list)  # by projection; None where a change made it worse
     n_tokens: set[int] = field(default_factory=set)
+    errors: list[tuple[float, float]] = field(default_factory=list)  # relative, of a block before and after it learned
     notes: list[str] = field(default_factory=list)
 
-    def note(self) -> str:
-        """How many projections were refitted, on what."""
+    def said(self) -> list[str]:
+        """How many projections were refitted and on what, and how many blocks learned how much."""
+        return [
+            *self.notes,
+            *([self._refitted()] if self.ridges else []),
+            *([self._learned()] if self.errors else []),
+        ]
+
+    def _refitted(self) -> str:
         ridges = [ridge for ridge in self.ridges if ridge is not None]
         between = f", ridge {min(ridges):g} to {max(ridges):g} times each input's mean square" if ridges else ""
         kept = len(self.ridges) - len(ridges)
@@ -81,6 +100,15 @@ class Repaired:
         tokens = " to ".join(dict.fromkeys(str(n) for n in (min(self.n_tokens), max(self.n_tokens))))
         new = f"; {len(self.added)} of them got a bias" if self.added else ""
         return f"{len(ridges)} output projections were refitted on {tokens} tokens{between}{left}{new}"
+
+    def _learned(self) -> str:
+        before, after = (sum(each) / len(self.errors) for each in zip(*self.errors, strict=True))
+        kept = sum(first == second for first, second in self.errors)
+        left = f"; {kept} were left as they were, since they came no nearer" if kept else ""
+        return (
+            f"{len(self.errors) - kept} blocks learned what the dense model's put out: the mean relative squared error of a "
+            f"block's output went from {before:.4g} to {after:.4g}{left}"
+        )
 
 
 def repair(
@@ -112,11 +140,14 @@ def repair(
         UnsupportedModelError: the blocks are no chain.
     """
     mine = list(dealt(batches, next(model.parameters()).device))
+    order = turns(batches, next(model.parameters()).device)
     stacks = stacks_of(model)
     require_in_stacks(wanted.projections | wanted.biases, stacks, "compensation")
     found = Repaired()
     passes = {
-        name: _StackRepair(model, structure, masks, wanted, replacements or {}, name, blocks, len(batches), found)
+        name: _StackRepair(
+            model, structure, masks, wanted, replacements or {}, name, blocks, len(batches), order, seed, found
+        )
         for name, blocks in stacks.items()
     }
     replaced: dict[str, States] = {}
@@ -147,10 +178,13 @@ class _StackRepair:
         name: str,
         blocks: tuple[str, ...],
         n_batches: int,
+        order: Sequence[tuple[int, int]],
+        seed: int,
         found: Repaired,
     ):
         self.model, self.structure, self.masks, self.wanted, self.blocks = model, structure, masks, wanted, blocks
         self.replacements, self.n_batches, self.found = replacements, n_batches, found
+        self.order, self.seed = order, seed
         keep = masks.units.get(f"layers:{name}")
         self.kept = [True] * len(blocks) if keep is None else keep.tolist()
         behind = self.kept.index(False) + 1 if wanted.after_drops and False in self.kept else len(blocks)
@@ -166,10 +200,10 @@ class _StackRepair:
             self._projections(position, [read for read in reads if read.startswith(f"{block}.")], behind)
             for position, block in enumerate(blocks)
         ]
-        self.has_work = any(self.work)
         self.loses = any(not keep.all() for key, keep in masks.units.items() if self._is_mine(name, key)) or any(
             parameter.startswith(f"{name}.") for parameter in (*masks.weights, *replacements)
         )
+        self.has_work = any(self.work) or (self.loses and wanted.reconstruction is not None)
         if wanted.before_runs and not self.kept[0]:
             n_first = self.kept.index(True)
             found.notes.append(
@@ -208,6 +242,7 @@ class _StackRepair:
             junctions = self._junctions(position, dense, runs=last > position)
             targets = self._advance(dense, position, last, junctions)
             sources = [place for junction in junctions for place in junction.sources]
+            start = current.fork() if self.wanted.reconstruction else None
             with Walk(current, position, scratch, sources) as going:
                 for junction in junctions:
                     new = self._refit(scratch, junction, targets[junction], current, position, going)
@@ -216,6 +251,33 @@ class _StackRepair:
                         self.found.values[f"{block}.{junction.projection}.{tensor}"] = lasting
                 going.finish()
             give_back()  # what waited in the block
+            if start is not None:
+                self._reconstruct(scratch, start, dense.hidden, current, position)
+
+    def _reconstruct(self, scratch: nn.Module, start: Chain, wanted: States, current: Chain, position: int) -> None:
+        """Train `scratch` from the hidden states of `start` on; `current` has those that the refits alone lead to.
+
+        Unless it comes nearer to what is `wanted` the block stays as it was refitted.
+        """
+        block, how = self.blocks[position], self.wanted.reconstruction
+        before = mean_error(current, wanted)
+        if how is None or before < ROUNDING:
+            return
+        names = learning_parameters(self.model, block)
+        names += [name for name, _ in scratch.named_parameters() if f"{block}.{name}" in self.found.added]
+        mask = partial(mask_, scratch, self.structure, self.masks, block)
+        reconstruct_(scratch, names, start, position, wanted, self.order, how, mask, self.seed + position)
+        start.run_(position, scratch)
+        after = mean_error(start, wanted)
+        give_back()
+        if not after < before:
+            self.found.errors.append((before, before))
+            return
+        self.found.errors.append((before, after))
+        current.hidden = start.hidden
+        for name in names:
+            values = scratch.get_parameter(name).detach().cpu()
+            self.found.values[f"{block}.{name}"] = current.hidden.shelf.outlasting(values)
 
     def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]
@@ -224,10 +286,11 @@ class _StackRepair:
         names = [name[len(block) + 1 :] for name in work]
         live = self.model.get_submodule(block)
         junctions = as_first_rank(lambda: find_junctions(live, dense.calls[0][position], dense.hidden[0], names))
-        if runs and not any(junction.total == ("", "output") for junction in junctions):
+        reaches_end = any(junction.total == ("", "output") for junction in junctions)
+        if runs and not (reaches_end or self.wanted.reconstruction):
             raise UnsupportedModelError(
                 f"{block}: its output is no plain sum with an output projection (its blocks end in a norm), so that no "
-                "projection can make up for the layers dropped behind it. Use compensation none for layers."
+                "projection can make up for the layers dropped behind it. Use compensation reconstruct for layers, or none."
             )
         if runs and not self.wanted.after_drops:
             wanted = self.wanted.projections | self.wanted.biases

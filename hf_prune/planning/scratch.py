@@ -29,12 +29,18 @@ def masked_copy(
         scratch,
         {name[len(block) + 1 :]: tensor for name, tensor in replacements.items() if name.startswith(f"{block}.")},
     )
+    mask_(scratch, structure, masks, block)
+    return scratch
+
+
+@torch.no_grad()
+def mask_(scratch: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str) -> None:
+    """Make zeros what `masks` take from a copy of the module `block`."""
     parameters = dict(scratch.named_parameters(remove_duplicate=False))
     inside = {name: keep for name, keep in masks.weights.items() if name.startswith(f"{block}.")}
     for entry in masked_entries(structure, KeepMasks(masks.units, inside)):
         if entry.name.startswith(f"{block}."):
             entry.zero_(parameters[entry.name[len(block) + 1 :]])
-    return scratch
 
 
 def require_in_stacks(modules: Iterable[str], stacks: Mapping[str, Sequence[str]], who: str) -> None:

@@ -21,13 +21,16 @@ from hf_prune.recipe.vocabulary import (
 from hf_prune.recipe.words import nearest, shown
 
 
-# type of a criterion's option in JSON Schema -> what Python has for it, and how to say it
-_OPTION_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "integer": (int, "a whole number"),
-    "number": ((int, float), "a number"),
-    "boolean": (bool, "true or false"),
-    "string": (str, "text"),
+# kind of an option -> what Python has for it, how to say it, and what JSON Schema says
+_OPTION_TYPES: dict[str, tuple[type | tuple[type, ...], str, dict[str, Any]]] = {
+    "integer": (int, "a whole number", {"type": "integer"}),
+    "count": (int, "a whole number of at least 1", {"type": "integer", "minimum": 1}),
+    "number": ((int, float), "a number", {"type": "number"}),
+    "positive": ((int, float), "a number above 0", {"type": "number", "exclusiveMinimum": 0}),
+    "boolean": (bool, "true or false", {"type": "boolean"}),
+    "string": (str, "text", {"type": "string"}),
 }
+ABOVE_0 = {"count", "positive"}
 
 
 class Section(BaseModel):
@@ -64,10 +67,13 @@ class Allocation(Section):
 
 
 class Compensation(Section):
-    """A repair's name; `add`: projections that have no bias get one."""
+    """A repair's name; `add`: projections that have no bias get one; how often `reconstruct` goes through the data, and its first
+    step in units of each parameter's root mean square."""
 
     name: str = "none"
     add: bool = False
+    epochs: int = 1
+    learning_rate: float = 0.01
 
 
 class Pattern(Section):
@@ -249,9 +255,10 @@ def _options(who: str, options: Mapping[str, Any], known: Mapping[str, str]) -> 
             except ValueError as error:
                 mistakes.append(f"{option} of {who}: {error}")
             continue
-        kind, said = _OPTION_TYPES[known[option]]
+        kind, said, _ = _OPTION_TYPES[known[option]]
         found[option] = whole(given) if kind is int else given
-        if not isinstance(found[option], kind) or isinstance(given, bool) != (kind is bool):
+        is_one = isinstance(found[option], kind) and isinstance(given, bool) == (kind is bool)
+        if not is_one or (known[option] in ABOVE_0 and found[option] <= 0):
             mistakes.append(f"{option} of {who} is {shown(given)}; expected {said}")
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -330,7 +337,7 @@ def _ways(entries: Mapping[str, CriterionEntry | AllocationEntry | CompensationE
 
 
 def _option_schemas(takes: Mapping[str, str]) -> dict[str, Any]:
-    return {option: _CRITERIA if kind == "criteria" else {"type": kind} for option, kind in takes.items()}
+    return {option: _CRITERIA if kind == "criteria" else _OPTION_TYPES[kind][2] for option, kind in takes.items()}
 
 
 _WEIGHT = {"type": "number", "exclusiveMinimum": 0}

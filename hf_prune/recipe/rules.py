@@ -125,8 +125,8 @@ def step_mistakes(step: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "compensation",
                 f"compensation {compensation.name} is for whole layers; for a part take least_squares",
             )
-        if compensation.add and target == "layers":
-            yield "compensation", "add gives a bias to what lost heads or neurons; drop it from a step of layers"
+        if compensation.add and target in ("layers", "weights"):
+            yield "compensation", f"add gives a bias to what lost heads or neurons; drop it from a step of {target}"
     schedule = step.get("schedule")
     if isinstance(schedule, Mapping) and schedule.get("shrink") in ("never", "when_final"):
         yield "schedule", "shrink is said once for all steps, in the recipe's own schedule"
@@ -272,7 +272,7 @@ def step_schema() -> dict[str, Any]:
             ),
             {
                 "if": _is("compensation", {"type": "object", **_is("add", {"const": True})}),
-                "then": _where(target={"not": {"const": "layers"}}),
+                "then": _where(target={"not": {"enum": ["layers", "weights"]}}),
             },
             _where(schedule=_where(shrink={"const": "at_end"}, rewind={"type": "null"})),
         ]

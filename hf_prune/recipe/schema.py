@@ -154,7 +154,7 @@ class Step(Section):
     include: tuple[str, ...] = Field((), strict=False, description="only sites whose module is named so")
     exclude: tuple[str, ...] = Field((), strict=False, description="no sites whose module is named so")
     pattern: PatternField = Field(None, description="for weights: which entries leave together")
-    compensation: CompensationField = Field(Compensation(), description="repair of what is left, without training")
+    compensation: CompensationField = Field(Compensation(), description="repair of what is left, without labels")
     schedule: Schedule | None = Field(None, description="the step's own")
 
     @model_validator(mode="after")
@@ -170,8 +170,9 @@ class Step(Section):
     @field_serializer("sparsity", "criterion", "pattern", "compensation", "allocation")
     def _as_written(self, value: Any) -> Any:
         match value:
-            case Compensation(add=False):
-                return value.name
+            case Compensation():
+                written = value.model_dump(exclude_defaults=True)
+                return written if written.keys() - {"name"} else value.name
             case Allocation(name=None):
                 return dict(value.shares)
             case Criterion() | Allocation():

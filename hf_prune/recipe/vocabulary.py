@@ -103,6 +103,9 @@ COMPENSATIONS = {
     "bias": CompensationEntry(frozenset({"ffn_neurons", "attention_heads"}), options={"add": "boolean"}),
     "least_squares": CompensationEntry(UNITS - {"experts"}, options={"add": "boolean"}),
     "linear": CompensationEntry(frozenset({"layers"}), of_parts=False),
+    "reconstruct": CompensationEntry(
+        EVERY_TARGET - {"experts"}, options={"add": "boolean", "epochs": "count", "learning_rate": "positive"}
+    ),
 }
 
 

@@ -29,6 +29,8 @@ RECIPES = {
     "least_squares": ([{**NEURONS, **REPAIR}, {"target": "attention_heads", "sparsity": 0.5, **REPAIR}], 5),
     "least_squares-one": ([{**NEURONS, **REPAIR}], 1),
     "least_squares-new-biases": ([{**NEURONS, "compensation": {"name": "least_squares", "add": True}}], 5),
+    "reconstruct": ([{**NEURONS, "compensation": {"name": "reconstruct", "epochs": 2, "learning_rate": 0.002}}], 5),
+    "reconstruct-one": ([{**NEURONS, "compensation": {"name": "reconstruct", "learning_rate": 0.002}}], 1),
     "linear": ([{**LAYERS, "compensation": "linear"}], 5),
     "sparsegpt": ([{"target": "weights", "sparsity": 0.5, "criterion": "sparsegpt"}], 5),
     "sparsegpt-dense": (

@@ -60,6 +60,9 @@ OPTIONS: dict[str, list[Any]] = {
         {"name": "none"},
         {"name": "bias", "add": True},
         {"name": "least_squares", "add": False},
+        "reconstruct",
+        {"name": "reconstruct", "epochs": 4, "learning_rate": 1},
+        {"name": "reconstruct", "add": True, "learning_rate": 1e-3},
     ],
     "schedule": [{"name": "linear"}, {"begin": 0, "end": 1, "updates": 3}, {"shrink": "never"}, {"rewind": 0}],
 }
