@@ -55,6 +55,8 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
     "llm-2-4": (common.N_OF_M, _shipped("llm-2-4")),
     "neurons": (common.STRUCTURED, [FIFTH | {"criterion": "activation"}]),
     "neurons-greedy": (common.STRUCTURED, [FIFTH | {"sparsity": 0.338, "round_to": 8, "criterion": "greedy"}]),
+    "neurons-uniform-refitted": (common.STRUCTURED, _shipped("llm-neurons-uniform", compensation="least_squares")),
+    "neurons-refitted": (common.STRUCTURED, _shipped("llm-neurons", compensation="least_squares")),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
     "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
     "layers-10-influence": (common.TENTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}]),
@@ -63,7 +65,7 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
     "llm-drop-layers": (common.FIFTH_OF_LAYERS, _shipped("llm-drop-layers", sparsity=0.2)),
 }  # fmt: skip
 # name -> steps: a fifth of the parameters in other ways than the shipped recipes'
-(_NEURONS,) = _shipped("llm-neurons-uniform", criterion={"name": "fisher", "per_token": True})
+(_NEURONS,) = _shipped("llm-neurons-uniform", compensation="least_squares")
 _FEWER = _NEURONS | {"sparsity": 0.2295}  # beside what a tenth of the layers has
 TRIED: dict[str, list[dict]] = {
     "neurons by activation": [_NEURONS | {"criterion": "activation"}],

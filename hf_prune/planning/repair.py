@@ -263,7 +263,8 @@ class _StackRepair:
         before = mean_error(current, wanted)
         if how is None or before < ROUNDING:
             return
-        names = learning_parameters(self.model, block)
+        inside = self._lossy_modules(position)
+        names = [name for name in learning_parameters(self.model, block) if f"{block}.{name}".startswith(inside)]
         names += [name for name, _ in scratch.named_parameters() if f"{block}.{name}" in self.found.added]
         mask = partial(mask_, scratch, self.structure, self.masks, block)
         reconstruct_(scratch, names, start, position, wanted, self.order, how, mask, self.seed + position)
@@ -278,6 +279,15 @@ class _StackRepair:
         for name in names:
             values = scratch.get_parameter(name).detach().cpu()
             self.found.values[f"{block}.{name}"] = current.hidden.shelf.outlasting(values)
+
+    def _lossy_modules(self, position: int) -> tuple[str, ...]:
+        """How the names of a block's modules that lost units begin; the block's own where none did, or where a layer behind it left."""
+        block = f"{self.blocks[position]}."
+        lossy = [self.structure[key].name for key, keep in self.masks.units.items() if not keep.all()]
+        inside = tuple(f"{name}." for name in lossy if name.startswith(block))
+        before_gap = position + 1 < len(self.kept) and not self.kept[position + 1]
+        weights = any(name.startswith(block) for name in (*self.masks.weights, *self.replacements))
+        return (block,) if before_gap or weights or not inside else inside
 
     def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]

@@ -72,8 +72,8 @@ class Compensation(Section):
 
     name: str = "none"
     add: bool = False
-    epochs: int = 1
-    learning_rate: float = 0.01
+    epochs: int = 2
+    learning_rate: float = 0.03
 
 
 class Pattern(Section):
