@@ -142,11 +142,16 @@ def carry_masks(model: nn.Module, masks: KeepMasks, structure: ModelStructure) -
     for site in structure.of("layers"):
         if site.key in masks.units:
             _bypass(model, site, masks.units[site.key])
-    for site in structure.of("experts"):
-        if site.key in masks.units and not masks.units[site.key].all():
-            router = model.get_submodule(site.router)
-            router.register_forward_hook(KeptExperts(site, masks.units[site.key]), with_kwargs=True)
+    choose_kept_(model, structure, masks)
     model.__dict__[_ATTRIBUTE] = _Masked(masks, masked_entries(structure, masks))
+
+
+def choose_kept_(module: nn.Module, structure: ModelStructure, masks: KeepMasks, prefix: str = "") -> None:
+    """Let the routers of `module`, whose names begin with `prefix` in the model, choose no expert that left."""
+    for site in structure.of("experts"):
+        if site.router.startswith(prefix) and not masks.units.get(site.key, torch.ones(1)).all():
+            router = module.get_submodule(site.router[len(prefix) :])
+            router.register_forward_hook(KeptExperts(site, masks.units[site.key]), with_kwargs=True)
 
 
 def masked_entries(structure: ModelStructure, masks: KeepMasks) -> list[MaskedTensor]:

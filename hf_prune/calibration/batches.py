@@ -235,7 +235,7 @@ def _pieces(batch: Mapping[str, Any], index: int, device: torch.device) -> list[
     if device.type == "cpu" and isinstance(ids, Tensor) and ids.dim() == 2:
         at_once = max(1, PIECE_TOKENS // max(1, ids.shape[1]))
     pieces = [_samples(inputs, size, start, start + at_once) for start in range(0, size, at_once)]
-    return pieces[:1] if pieces[0] is inputs else pieces
+    return pieces[:1] if pieces and pieces[0] is inputs else pieces
 
 
 def without_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

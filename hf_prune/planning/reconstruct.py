@@ -1,6 +1,6 @@
-"""Block-wise reconstruction: all that is left of a block learns to put out what the dense model's block does.
+"""Block-wise reconstruction: what is left of a block learns to put out what the dense model's block does.
 
-For a block of weights θ it descends on the mean over tokens of
+For weights θ of a block it descends on the mean over tokens of
 
     |f_θ(x) - s|² / |s|²
 
@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hf_prune.apply.masks import MaskedTensor
 from hf_prune.calibration.blocks import Chain
 from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
 from hf_prune.calibration.shelf import States
@@ -28,6 +29,7 @@ from hf_prune.calibration.shelf import States
 
 BETAS = 0.9, 0.99  # of Adam, for tens of steps
 EPS = 1e-12  # of Adam: one weight of millions has a small gradient
+LEAST_SIZE = 1e-6  # of a token's |s|², in the mean's: a state of zeros would weigh without end
 
 
 @dataclass(frozen=True, order=True)
@@ -48,10 +50,10 @@ def reconstruct_(
     wanted: States,
     turns: Sequence[tuple[int, int]],
     how: Reconstruction,
-    enforce: Callable[[], None],
+    masked: Sequence[tuple[MaskedTensor, Tensor]],
     seed: int,
 ) -> None:
-    """Train `block` in place, a step for each turn.
+    """Train `block` in place, a step for each turn. The caller has gradients disabled.
 
     The order of the turns is one for all processes, and each step's gradient is of one batch: the process whose it is hands it
     to the others. So the result depends on their number no more than a sum's rounding does.
@@ -63,7 +65,7 @@ def reconstruct_(
         wanted: s, by batch of the chain.
         turns: of `calibration.batches.turns`.
         how: epochs and learning rate.
-        enforce: makes what is masked zero again.
+        masked: what stays zero, with its parameters.
         seed: of a private random state, for the order.
     """
     block.requires_grad_(False)
@@ -74,27 +76,44 @@ def reconstruct_(
     groups = [{"params": [master], "lr": length} for master, length in zip(masters, lengths, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
     rank, _ = rank_and_world()
+    for master in masters:
+        master.grad = torch.zeros_like(master)
     n_steps = how.epochs * len(turns)
     for step, (owner, number) in enumerate(_in_random_order(turns, how.epochs, seed)):
-        gradients = [torch.zeros_like(master, dtype=torch.float64) for master in masters]
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        size = 0.0
         if owner == rank:
-            with torch.enable_grad():
-                hidden = chain.calls[number][position](block, chain.hidden[number])
-                error = relative_error(chain, number, hidden, wanted[number]).mean()
-            for total, gradient in zip(
-                gradients, torch.autograd.grad(error, parameters, allow_unused=True), strict=True
-            ):
-                if gradient is not None:
-                    total.copy_(gradient)
-        sum_over_processes(gradients)
+            gradients, size = _gradients(block, parameters, chain, number, position, wanted[number])
+        sums = []
         for master, gradient, group, length in zip(masters, gradients, optimizer.param_groups, lengths, strict=True):
-            master.grad = gradient.to(master.dtype)
+            assert master.grad is not None
+            sums.append(master.grad.copy_(gradient).mul_(size))
             group["lr"] = length * (1 + math.cos(math.pi * step / n_steps)) / 2
+        sum_over_processes(sums)  # one is the owner's, the others are zeros
         optimizer.step()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.detach().copy_(master)
-        enforce()
+        for entry, parameter in masked:
+            entry.zero_(parameter.detach())
     block.requires_grad_(False)
+
+
+def _gradients(
+    block: nn.Module, parameters: Sequence[Tensor], chain: Chain, number: int, position: int, wanted: Tensor
+) -> tuple[list[Tensor], float]:
+    """Of the sum over the tokens of one batch (Adam knows nothing of its scale), over its largest entry at the block's output, and
+    that entry: float16 has no room for smaller numbers.
+    """
+    with torch.enable_grad():
+        hidden = chain.calls[number][position](block, chain.hidden[number])
+        end = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32)).requires_grad_()
+        (at_end,) = torch.autograd.grad(relative_error(chain, number, end, wanted).sum(), end)
+    size = float(at_end.abs().max())
+    if not (hidden.requires_grad and size):  # an expert that nothing in this batch was sent to
+        return [torch.zeros_like(parameter) for parameter in parameters], 0.0
+    found = torch.autograd.grad(hidden, parameters, (at_end / size).to(hidden.dtype), allow_unused=True)
+    pairs = zip(parameters, found, strict=True)
+    return [torch.zeros_like(parameter) if each is None else each for parameter, each in pairs], size
 
 
 def relative_error(chain: Chain, number: int, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -102,7 +121,8 @@ def relative_error(chain: Chain, number: int, hidden: Tensor, wanted: Tensor) ->
     wide = torch.promote_types(hidden.dtype, torch.float32)
     target = chain.tokens(number, wanted).to(wide)
     left = (chain.tokens(number, hidden).to(wide) - target).square().sum(1)
-    return left / target.square().sum(1).clamp(min=torch.finfo(wide).tiny)
+    size = target.square().sum(1)
+    return left / size.clamp(min=LEAST_SIZE * float(size.mean()) + torch.finfo(wide).tiny)
 
 
 def mean_error(chain: Chain, wanted: States) -> float:
@@ -115,15 +135,18 @@ def mean_error(chain: Chain, wanted: States) -> float:
     return float(sums[0] / sums[1])
 
 
-def learning_parameters(model: nn.Module, block: str) -> list[str]:
-    """The names, inside of `block`, of the floating-point parameters that nothing else uses and that are no embedding's."""
+def learning_parameters(model: nn.Module, block: str, scratch: nn.Module) -> list[str]:
+    """The names of the floating-point parameters of `scratch`, a copy of the module `block`, which nothing else in `model` uses and
+    which are no embedding's.
+    """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    live = dict(model.get_submodule(block).named_parameters(remove_duplicate=False))
+    # T5's first block makes the position bias of all
+    embeddings = tuple(f"{name}." for name, module in scratch.named_modules() if isinstance(module, nn.Embedding))
     return [
-        f"{owner}.{name}" if owner else name
-        for owner, module in model.get_submodule(block).named_modules()
-        if not isinstance(module, nn.Embedding)  # T5's first block makes the position bias of all
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.is_floating_point() and uses[id(parameter)] == 1
+        name
+        for name, parameter in scratch.named_parameters()
+        if parameter.is_floating_point() and uses[id(live.get(name))] <= 1 and not name.startswith(embeddings)
     ]
 
 

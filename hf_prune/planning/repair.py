@@ -6,14 +6,14 @@ it left over: Σ |s - r - W a|², s the dense sum, r and a of the pruned model. 
 model's after the run, as in ReplaceMe (Shopkhoev et al. 2025), where a linear map on the projection's output is
 fitted; here it is the whole projection, of which that map is a special case, and the checkpoint keeps its shape as well.
 
-Where the recipe asks for it, all that is left of each block then learns what a linear fit can't reach (`reconstruct.py`).
+Where the recipe asks for it, what is left of each block then learns what a linear fit can't reach (`reconstruct.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +30,15 @@ from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
 from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
-from hf_prune.errors import RecipeError, UnsupportedModelError
+from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
 from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, mean_error, reconstruct_
-from hf_prune.planning.scratch import Linear, mask_, masked_copy, require_in_stacks, wanted_of
+from hf_prune.planning.scratch import Linear, masked_copy, masked_within, require_in_stacks, wanted_of
 from hf_prune.recipe.fields import Compensation
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
 
-ROUNDING = 1e-9  # a smaller relative error of a block is none
+ROUNDING = 1e-6  # a smaller relative squared error of a block is none
 
 
 @dataclass
@@ -52,12 +52,16 @@ class Wanted:
     after_drops: bool = False  # every output projection of the blocks behind the first dropped one
     after_parts: bool = False  # every one behind the first dropped part, and beside it in its block
     reconstruction: Reconstruction | None = None  # of each block from the first that lost something
+    learning: set[str] = field(
+        default_factory=set
+    )  # keys and parameters of the steps that asked for it: whose stacks learn
 
     def add(self, structure: ModelStructure, target: str, compensation: Compensation, masks: KeepMasks) -> None:
         """What one step asks for, given what it removes. Of several reconstructions the longest counts."""
         if compensation.name == "reconstruct":
             how = Reconstruction(compensation.epochs, compensation.learning_rate)
             self.reconstruction = max(self.reconstruction or how, how)
+            self.learning |= masks.units.keys() | masks.weights.keys()
         if any(structure[key].branches for key in masks.units):
             self.after_parts = True
             return
@@ -106,8 +110,8 @@ class Repaired:
         kept = sum(first == second for first, second in self.errors)
         left = f"; {kept} were left as they were, since they came no nearer" if kept else ""
         return (
-            f"{len(self.errors) - kept} blocks learned what the dense model's put out: the mean relative squared error of a "
-            f"block's output went from {before:.4g} to {after:.4g}{left}"
+            f"{len(self.errors) - kept} of {len(self.errors)} blocks learned what the dense model's put out: the mean relative "
+            f"squared error of a block's output went from {before:.4g} to {after:.4g}{left}"
         )
 
 
@@ -142,7 +146,8 @@ def repair(
     mine = list(dealt(batches, next(model.parameters()).device))
     order = turns(batches, next(model.parameters()).device)
     stacks = stacks_of(model)
-    require_in_stacks(wanted.projections | wanted.biases, stacks, "compensation")
+    learning = {name for name in wanted.learning if name in masks.weights}
+    require_in_stacks(wanted.projections | wanted.biases | learning, stacks, "compensation")
     found = Repaired()
     passes = {
         name: _StackRepair(
@@ -192,6 +197,7 @@ class _StackRepair:
         if wanted.after_parts:
             lossy = [n for n, block in enumerate(blocks) if any(part.startswith(f"{block}.") for part in parts)]
             behind = min([behind, *lossy])
+        self.behind = behind
         gone = tuple(f"{part}." for part in parts)
         reads = [
             read.module for site in structure.sites for read in site.reads if not f"{read.module}.".startswith(gone)
@@ -203,8 +209,12 @@ class _StackRepair:
         self.loses = any(not keep.all() for key, keep in masks.units.items() if self._is_mine(name, key)) or any(
             parameter.startswith(f"{name}.") for parameter in (*masks.weights, *replacements)
         )
-        self.has_work = any(self.work) or (self.loses and wanted.reconstruction is not None)
-        if wanted.before_runs and not self.kept[0]:
+        learns = any(
+            self._is_mine(name, key) if key in masks.units else key.startswith(f"{name}.") for key in wanted.learning
+        )
+        self.how = wanted.reconstruction if learns else None
+        self.has_work = any(self.work) or (self.loses and self.how is not None)
+        if wanted.before_runs and not self.kept[0] and self.how is None:
             n_first = self.kept.index(True)
             found.notes.append(
                 f"{name}: nothing makes up for the first {n_first} layers, since no projection comes before them"
@@ -241,33 +251,58 @@ class _StackRepair:
                 last += 1
             junctions = self._junctions(position, dense, runs=last > position)
             targets = self._advance(dense, position, last, junctions)
-            sources = [place for junction in junctions for place in junction.sources]
-            start = current.fork() if self.wanted.reconstruction else None
-            with Walk(current, position, scratch, sources) as going:
-                for junction in junctions:
-                    new = self._refit(scratch, junction, targets[junction], current, position, going)
-                    for tensor, values in new.items():
-                        lasting = current.hidden.shelf.outlasting(values)
-                        self.found.values[f"{block}.{junction.projection}.{tensor}"] = lasting
-                going.finish()
-            give_back()  # what waited in the block
-            if start is not None:
-                self._reconstruct(scratch, start, dense.hidden, current, position)
+            start = current.fork() if self.how else None
+            self._refit_in_turn(scratch, junctions, targets, current, position)
+            if self.how and start:
+                del targets
+                self._reconstruct(self.how, scratch, start, dense.hidden, current, position)
+                del start
 
-    def _reconstruct(self, scratch: nn.Module, start: Chain, wanted: States, current: Chain, position: int) -> None:
+    def _refit_in_turn(
+        self,
+        scratch: nn.Module,
+        junctions: Sequence[Junction],
+        targets: Mapping[Junction, States],
+        current: Chain,
+        position: int,
+    ) -> None:
+        """Refit a block's projections and take `current` through it."""
+        block = self.blocks[position]
+        sources = [place for junction in junctions for place in junction.sources]
+        with Walk(current, position, scratch, sources) as going:
+            for junction in junctions:
+                new = self._refit(scratch, junction, targets[junction], current, position, going)
+                for tensor, values in new.items():
+                    lasting = current.hidden.shelf.outlasting(values)
+                    self.found.values[f"{block}.{junction.projection}.{tensor}"] = lasting
+            going.finish()
+        give_back()  # what waited in the block
+
+    def _reconstruct(
+        self, how: Reconstruction, scratch: nn.Module, start: Chain, wanted: States, current: Chain, position: int
+    ) -> None:
         """Train `scratch` from the hidden states of `start` on; `current` has those that the refits alone lead to.
 
         Unless it comes nearer to what is `wanted` the block stays as it was refitted.
         """
-        block, how = self.blocks[position], self.wanted.reconstruction
+        block = self.blocks[position]
         before = mean_error(current, wanted)
-        if how is None or before < ROUNDING:
+        if not math.isfinite(before):
+            raise CalibrationError(
+                f"what comes out of {block} is not finite on the calibration data. Look for broken samples, or load the model "
+                "in bfloat16 or float32."
+            )
+        masked = masked_within(scratch, self.structure, self.masks, block)
+        gone = {entry.name for entry, _ in masked if entry.is_whole}
+        inside = self._learning_modules(position)
+        names = [
+            name
+            for name in learning_parameters(self.model, block, scratch)
+            if f"{block}.{name}".startswith(inside) and f"{block}.{name}" not in gone
+        ]
+        if before < ROUNDING or not names:
             return
-        inside = self._lossy_modules(position)
-        names = [name for name in learning_parameters(self.model, block) if f"{block}.{name}".startswith(inside)]
-        names += [name for name, _ in scratch.named_parameters() if f"{block}.{name}" in self.found.added]
-        mask = partial(mask_, scratch, self.structure, self.masks, block)
-        reconstruct_(scratch, names, start, position, wanted, self.order, how, mask, self.seed + position)
+        reconstruct_(scratch, names, start, position, wanted, self.order, how, masked, self.seed + position)
         start.run_(position, scratch)
         after = mean_error(start, wanted)
         give_back()
@@ -280,14 +315,18 @@ class _StackRepair:
             values = scratch.get_parameter(name).detach().cpu()
             self.found.values[f"{block}.{name}"] = current.hidden.shelf.outlasting(values)
 
-    def _lossy_modules(self, position: int) -> tuple[str, ...]:
-        """How the names of a block's modules that lost units begin; the block's own where none did, or where a layer behind it left."""
+    def _learning_modules(self, position: int) -> tuple[str, ...]:
+        """How the names of a block's parameters that learn begin: those of the sites that lost units; all where none did, where
+        single weights left, and where layers or parts left behind it or before.
+        """
         block = f"{self.blocks[position]}."
-        lossy = [self.structure[key].name for key, keep in self.masks.units.items() if not keep.all()]
-        inside = tuple(f"{name}." for name in lossy if name.startswith(block))
+        lossy = (self.structure[key] for key, keep in self.masks.units.items() if not keep.all())
+        modules = {f"{piece.module}." for site in lossy for piece in site.slices if piece.module.startswith(block)}
         before_gap = position + 1 < len(self.kept) and not self.kept[position + 1]
-        weights = any(name.startswith(block) for name in (*self.masks.weights, *self.replacements))
-        return (block,) if before_gap or weights or not inside else inside
+        everything = (
+            before_gap or position >= self.behind or any(name.startswith(block) for name in self.masks.weights)
+        )
+        return (block,) if everything or not modules else tuple(sorted(modules))
 
     def _junctions(self, position: int, dense: Chain, runs: bool) -> list[Junction]:
         block, work = self.blocks[position], self.work[position]
@@ -297,7 +336,7 @@ class _StackRepair:
         live = self.model.get_submodule(block)
         junctions = as_first_rank(lambda: find_junctions(live, dense.calls[0][position], dense.hidden[0], names))
         reaches_end = any(junction.total == ("", "output") for junction in junctions)
-        if runs and not (reaches_end or self.wanted.reconstruction):
+        if runs and not (reaches_end or self.how):
             raise UnsupportedModelError(
                 f"{block}: its output is no plain sum with an output projection (its blocks end in a norm), so that no "
                 "projection can make up for the layers dropped behind it. Use compensation reconstruct for layers, or none."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.apply.masks import masked_entries
+from hf_prune.apply.masks import MaskedTensor, choose_kept_, masked_entries
 from hf_prune.apply.replace import replace_
 from hf_prune.calibration.blocks import Chain, Place, scratch_copy
 from hf_prune.calibration.residual import Junction
@@ -23,24 +23,29 @@ from hf_prune.structure.naming import weight_of
 def masked_copy(
     model: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str, replacements: Mapping[str, Tensor]
 ) -> nn.Module:
-    """A copy of the module `block`, without hooks, with `replacements` in place, in which `masks` are zeros."""
+    """A copy of the module `block`, without its hooks, with `replacements` in place, in which `masks` are zeros."""
     scratch = scratch_copy(model.get_submodule(block))
     replace_(
         scratch,
         {name[len(block) + 1 :]: tensor for name, tensor in replacements.items() if name.startswith(f"{block}.")},
     )
-    mask_(scratch, structure, masks, block)
+    for entry, parameter in masked_within(scratch, structure, masks, block):
+        entry.zero_(parameter)
+    choose_kept_(scratch, structure, masks, f"{block}.")
     return scratch
 
 
-@torch.no_grad()
-def mask_(scratch: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str) -> None:
-    """Make zeros what `masks` take from a copy of the module `block`."""
+def masked_within(
+    scratch: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str
+) -> list[tuple[MaskedTensor, Tensor]]:
+    """What `masks` take from a copy of the module `block`, each with its parameter."""
     parameters = dict(scratch.named_parameters(remove_duplicate=False))
     inside = {name: keep for name, keep in masks.weights.items() if name.startswith(f"{block}.")}
-    for entry in masked_entries(structure, KeepMasks(masks.units, inside)):
-        if entry.name.startswith(f"{block}."):
-            entry.zero_(parameters[entry.name[len(block) + 1 :]])
+    return [
+        (entry, parameters[entry.name[len(block) + 1 :]])
+        for entry in masked_entries(structure, KeepMasks(masks.units, inside))
+        if entry.name.startswith(f"{block}.")
+    ]
 
 
 def require_in_stacks(modules: Iterable[str], stacks: Mapping[str, Sequence[str]], who: str) -> None:

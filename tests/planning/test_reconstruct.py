@@ -7,7 +7,7 @@ import torch
 
 from hf_prune import make_plan, prune_
 from hf_prune.calibration.blocks import first_tensor
-from hf_prune.errors import RecipeError
+from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.planning.reconstruct import learning_parameters
 from hf_prune.recipe import Recipe
 from hf_prune.structure import inspect_model, stacks_of
@@ -31,22 +31,30 @@ def hidden_states(model, batch):
         return model(**batch, output_hidden_states=True).hidden_states
 
 
-def last_outputs(model, name, batches):
-    """Of the last block of the stack that a module is in, (n_tokens, d_model)."""
+def block_outputs(model, name, batches):
+    """Of each block of the stack that a module is in, (n_tokens, d_model), without padding."""
     (blocks,) = (blocks for stack, blocks in stacks_of(model).items() if f"{name}.".startswith(f"{stack}."))
-    seen = []
-    handle = model.get_submodule(blocks[-1]).register_forward_hook(
-        lambda module, args, output: seen.append(first_tensor(output).flatten(0, -2))
-    )
-    outputs(model, batches)
-    handle.remove()
-    return torch.cat(seen)
+    masks = [batch.get("attention_mask") for batch in batches]
+    found = []
+    for block in blocks:
+        seen = []
+        handle = model.get_submodule(block).register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(first_tensor(output))
+        )
+        outputs(model, batches)
+        handle.remove()
+        rows = (
+            output[mask != 0] if mask is not None and mask.shape == output.shape[:-1] else output.flatten(0, -2)
+            for output, mask in zip(seen, masks, strict=True)
+        )
+        found.append(torch.cat(list(rows)))
+    return found
 
 
-def relative_error(model, plan, name, batches):
-    """Of what the stack puts out, beside the dense model's."""
-    found, dense = (last_outputs(each, name, batches) for each in (repaired(model, plan), model))
-    return ((found - dense).square().sum(1) / dense.square().sum(1)).mean().item()
+def relative_errors(model, other, name, batches):
+    """Of what each block puts out, beside the dense model's."""
+    pairs = zip(*(block_outputs(each, name, batches) for each in (other, model)), strict=True)
+    return [((found - dense).square().sum(1) / dense.square().sum(1)).mean().item() for found, dense in pairs]
 
 
 def test_a_step_is_adams_on_the_relative_error_of_the_block():
@@ -95,7 +103,7 @@ def test_it_comes_nearer_than_the_refit_alone(name, target):
         step(target, compensation, **removed) for compensation in (refit, reconstruct(epochs=4, learning_rate=0.003))
     )
     plans = [make_plan(model, recipe(each), calibration=batches) for each in steps]
-    near = [relative_error(model, plan, site.name, batches) for plan in plans]
+    near = [relative_errors(model, repaired(model, plan), site.name, batches)[-1] for plan in plans]
     assert near[1] < near[0]
     assert plans[0].masks == plans[1].masks
     (note,) = (note for note in plans[1].notes if "blocks learned what the dense model's put out" in note)
@@ -156,7 +164,7 @@ def test_what_comes_no_nearer_is_left_as_it_was_refitted():
     assert refitted.replacements.keys() == wild.replacements.keys()
     for name, values in refitted.replacements.items():
         assert torch.equal(values, wild.replacements[name])
-    assert any("3 were left as they were, since they came no nearer" in note for note in wild.notes)
+    assert any("0 of 3 blocks learned" in note and "3 were left as they were" in note for note in wild.notes)
 
 
 def test_the_smaller_model_is_the_masked_one():
@@ -207,13 +215,79 @@ def test_the_random_state_and_the_model_are_as_before():
 
 def test_what_other_blocks_use_as_well_learns_nothing():
     t5, albert = zoo.build("t5"), zoo.build("albert")
-    names = learning_parameters(t5, "encoder.block.0")
+    names = learning_parameters(t5, "encoder.block.0", t5.encoder.block[0])
     assert "layer.0.SelfAttention.q.weight" in names and "layer.0.layer_norm.weight" in names
     assert not any("relative_attention_bias" in name for name in names)
     tied = albert.albert.encoder.albert_layer_groups[0].albert_layers[0]
     tied.ffn_output.weight = albert.albert.embeddings.word_embeddings.weight
-    names = learning_parameters(albert, "albert.encoder.albert_layer_groups.0.albert_layers.0")
+    names = learning_parameters(albert, "albert.encoder.albert_layer_groups.0.albert_layers.0", tied)
     assert "ffn.weight" in names and "ffn_output.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("name", "learning"),
+    [
+        ("llama", {"mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"}),
+        ("bert", {f"{part}.dense.{kind}" for part in ("intermediate", "output") for kind in ("weight", "bias")}),
+        ("mixtral", {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),
+    ],
+)
+def test_where_neurons_left_the_feed_forward_learns(name, learning):
+    model = zoo.build(name)
+    plan = make_plan(
+        model,
+        recipe(step("ffn_neurons", reconstruct(learning_rate=1e-3), sparsity=0.5)),
+        calibration=batches_of(model),
+    )
+    block = min(name.partition(".0.")[0] for name in plan.replacements) + ".0."
+    assert {name.removeprefix(block) for name in plan.replacements if name.startswith(block)} == learning
+
+
+def test_only_the_stacks_of_the_steps_that_ask_for_it_learn():
+    model = zoo.build("clip")
+    batches = batches_of(model)
+    text, vision = (site.name for site in inspect_model(model).of("layers"))
+    steps = (
+        step("ffn_neurons", compensation, include=[f"{stack}.*"])
+        for stack, compensation in ((text, reconstruct(learning_rate=1e-3)), (vision, "least_squares"))
+    )
+    plan = make_plan(model, recipe(*steps), calibration=batches)
+    fronts = {name for name in plan.replacements if ".fc1." in name}
+    assert fronts and all(name.startswith(text) for name in fronts)
+    assert any(name.startswith(vision) for name in plan.replacements)
+
+
+def test_experts_that_left_are_chosen_no_more_while_a_block_learns():
+    model = zoo.build("mixtral")
+    batches = batches_of(model, 2)
+    steps = [
+        {"target": "experts", "sparsity": 0.5, "criterion": "l2"},
+        {"target": "weights", "sparsity": 0.01, "criterion": "l1", "compensation": reconstruct(learning_rate=1e-12)},
+    ]
+    plan = make_plan(model, recipe(*steps), calibration=batches)
+    errors = [relative_errors(model, masked(model, plan), "model.layers", batches)]
+    (note,) = (note for note in plan.notes if "relative squared error" in note)
+    said = float(note.partition("went from ")[2].split()[0])
+    assert said == pytest.approx(sum(errors[0]) / len(errors[0]), rel=1e-2)
+
+
+def test_weights_outside_of_the_stacks_are_an_error():
+    model = zoo.build("electra")
+    everything = {**WEIGHTS, "compensation": "reconstruct"}
+    with pytest.raises(RecipeError, match=r"compensation works block by block, and .* is in no stack of blocks"):
+        make_plan(model, recipe(everything), calibration=batches_of(model, 2))
+
+
+def test_hidden_states_that_are_not_finite_are_an_error():
+    model = zoo.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(CalibrationError, match="not finite"):
+        make_plan(
+            model,
+            recipe({"target": "weights", "sparsity": 0.5, "criterion": "random", "compensation": "reconstruct"}),
+            calibration=batches_of(model, 2),
+        )
 
 
 @pytest.mark.parametrize(
