@@ -233,7 +233,9 @@ def test_a_dropped_beginning_is_said(compensation):
 def test_layers_that_end_in_a_norm_are_refused(name):
     model = zoo.build(name)
     site = next(site for site in inspect_model(model).of("layers") if site.n_units == 3)
-    with pytest.raises(UnsupportedModelError, match=r"its output is no plain sum .* Use compensation reconstruct for layers, or none"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"its output is no plain sum .* Use compensation reconstruct for layers, or none"
+    ):
         make_plan(
             model, recipe(step("layers", "linear", remove=[1], include=[site.name])), calibration=batches_of(model, 2)
         )
