@@ -60,7 +60,6 @@ OPTIONS: dict[str, list[Any]] = {
         {"name": "none"},
         {"name": "bias", "add": True},
         {"name": "least_squares", "add": False},
-        "reconstruct",
         {"name": "reconstruct", "epochs": 4, "learning_rate": 1},
         {"name": "reconstruct", "add": True, "learning_rate": 1e-3},
     ],
