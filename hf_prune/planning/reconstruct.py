@@ -76,20 +76,18 @@ def reconstruct_(
     groups = [{"params": [master], "lr": length} for master, length in zip(masters, lengths, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
     rank, _ = rank_and_world()
-    for master in masters:
-        master.grad = torch.zeros_like(master)
+    gradients = [torch.zeros_like(master) for master in masters]
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
     n_steps = how.epochs * len(turns)
     for step, (owner, number) in enumerate(_in_random_order(turns, how.epochs, seed)):
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        size = 0.0
+        for gradient in gradients:
+            gradient.zero_()
         if owner == rank:
-            gradients, size = _gradients(block, parameters, chain, number, position, wanted[number])
-        sums = []
-        for master, gradient, group, length in zip(masters, gradients, optimizer.param_groups, lengths, strict=True):
-            assert master.grad is not None
-            sums.append(master.grad.copy_(gradient).mul_(size))
+            _backward(block, parameters, gradients, chain, number, position, wanted[number])
+        sum_over_processes(gradients)  # one is the owner's, the others are zeros
+        for group, length in zip(optimizer.param_groups, lengths, strict=True):
             group["lr"] = length * (1 + math.cos(math.pi * step / n_steps)) / 2
-        sum_over_processes(sums)  # one is the owner's, the others are zeros
         optimizer.step()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.detach().copy_(master)
@@ -98,11 +96,18 @@ def reconstruct_(
     block.requires_grad_(False)
 
 
-def _gradients(
-    block: nn.Module, parameters: Sequence[Tensor], chain: Chain, number: int, position: int, wanted: Tensor
-) -> tuple[list[Tensor], float]:
-    """Of the sum over the tokens of one batch (Adam knows nothing of its scale), over its largest entry at the block's output, and
-    that entry: float16 has no room for smaller numbers.
+def _backward(
+    block: nn.Module,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    chain: Chain,
+    number: int,
+    position: int,
+    wanted: Tensor,
+) -> None:
+    """Put into `gradients`, zeros so far, those of the sum over the tokens of one batch, of whose scale Adam knows nothing.
+
+    They pass the block in units of the largest at its output: float16 has no room for smaller numbers.
     """
     with torch.enable_grad():
         hidden = chain.calls[number][position](block, chain.hidden[number])
@@ -110,10 +115,11 @@ def _gradients(
         (at_end,) = torch.autograd.grad(relative_error(chain, number, end, wanted).sum(), end)
     size = float(at_end.abs().max())
     if not (hidden.requires_grad and size):  # an expert that nothing in this batch was sent to
-        return [torch.zeros_like(parameter) for parameter in parameters], 0.0
+        return
     found = torch.autograd.grad(hidden, parameters, (at_end / size).to(hidden.dtype), allow_unused=True)
-    pairs = zip(parameters, found, strict=True)
-    return [torch.zeros_like(parameter) if each is None else each for parameter, each in pairs], size
+    for gradient, each in zip(gradients, found, strict=True):
+        if each is not None:
+            gradient.copy_(each).mul_(size)
 
 
 def relative_error(chain: Chain, number: int, hidden: Tensor, wanted: Tensor) -> Tensor:
