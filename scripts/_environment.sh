@@ -21,7 +21,7 @@ make_environment() {
 make_oldest_environment() {
     if _is_made .venv-oldest tests; then return; fi
     _make_venv .venv-oldest
-    _pip .venv-oldest constraints-oldest.txt --editable ".[demo]" hypothesis jsonschema matplotlib pillow pytest pytest-xdist
+    _pip .venv-oldest constraints-oldest.txt --editable ".[demo]" hypothesis jsonschema-rs matplotlib pillow pytest pytest-xdist
     _note_made .venv-oldest tests
 }
 

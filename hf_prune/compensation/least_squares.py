@@ -67,6 +67,15 @@ def add_gram_(gram: Tensor, inputs: Tensor) -> None:
         gram[rows, start:] += inputs[:, rows].T @ inputs[:, start:]
 
 
+def _mirror_(gram: Tensor) -> None:
+    """Copy what is above the diagonal to below it, a part at a time: whole transposes go across memory."""
+    for start in range(0, len(gram), GRAM_ROWS):
+        rows = slice(start, start + GRAM_ROWS)
+        gram[rows.stop :, rows] = gram[rows, rows.stop :].T
+        corner = gram[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+
+
 def is_test(index: int, n_batches: int) -> bool:
     """Whether batch `index` of all processes' `n_batches` tests the ridge: every fifth, the last of fewer, never the only one."""
     if n_batches < TEST_EVERY:
@@ -84,7 +93,7 @@ def reduce_(moments: Sequence[Moments], module: str) -> None:
     sum_over_processes([*(total for each in moments for total in (each.gram, each.cross)), counts])
     for each, count in zip(moments, counts.tolist(), strict=True):
         each.n_tokens = int(count)
-        each.gram.copy_(each.gram.triu() + each.gram.triu(1).T)
+        _mirror_(each.gram)
         if not (torch.isfinite(each.gram).all() and torch.isfinite(each.cross).all()):
             raise CalibrationError(
                 f"what goes into {module} is not finite on the calibration data. Look for broken samples, or load the "

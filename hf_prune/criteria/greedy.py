@@ -66,7 +66,8 @@ class Greedy:
             CalibrationError: the Gram matrix is singular in spite of its ridge.
         """
         n_units = len(columns)
-        _, inverse, dead = damped(gram, self.damping, "greedy")
+        hessian = damped(gram, self.damping, "greedy")
+        inverse, dead = hessian.inverse(), hessian.dead
         values = matrix.double().clone()
         values[:, columns[~there].reshape(-1)] = 0.0
         original = values.clone()

@@ -78,12 +78,12 @@ class SparseGPT:
             CalibrationError: the ridge is too small for the Gram matrix.
         """
         original = matrix.float().masked_fill(~there, 0.0)
-        ridged, inverse, dead = damped(gram, self.damping, "sparsegpt")
+        hessian = damped(gram, self.damping, "sparsegpt")
+        dead = hessian.dead
         wanted = original.masked_fill(dead, 0.0)  # columns whose input never fires leave first
-        factor = torch.linalg.cholesky(inverse, upper=True).float()
-        keep, values, n_near = self._sweep(wanted.clone(), factor, there, n_leaving, group)
+        keep, values, n_near = self._sweep(wanted.clone(), hessian.inverse_factor().float(), there, n_leaving, group)
         if self.refine:
-            gram32 = ridged.float()
+            gram32 = hessian.gram.float()
             values = solve_on_support(values, wanted, keep, gram32, self.refine)
             if self.swaps:
                 n_near += swap_(
@@ -92,7 +92,7 @@ class SparseGPT:
                     keep,
                     there,
                     gram32,
-                    inverse.float(),
+                    hessian.inverse().float(),
                     group,
                     n_rounds=self.swaps,
                     n_steps=self.refine,
@@ -110,14 +110,14 @@ class SparseGPT:
         keep, matrix = _by_column(there.clone()), _by_column(matrix)
         n_columns = matrix.shape[1]
         width = self.block if group is None else self.block // group[1] * group[1] or group[1]
-        n_there = int(there.sum())
+        n_there = int(there.count_nonzero())
         n_seen = n_removed = n_near = 0
         for start in range(0, n_columns, width):
             stop = min(start + width, n_columns)
             columns, handed = matrix[:, start:stop], factor[start:stop, start:stop]
             scale = handed.diagonal()
             if group is None:
-                n_seen += int(there[:, start:stop].sum())
+                n_seen += int(there[:, start:stop].count_nonzero())
                 n_here = round(n_leaving * n_seen / max(1, n_there)) - n_removed
                 n_removed += n_here
                 score, inside = (columns / scale).square().reshape(-1), there[:, start:stop].reshape(-1)
@@ -125,6 +125,8 @@ class SparseGPT:
                 n_near += near
                 keep[:, start:stop] &= ~leaving.reshape(columns.shape)
             lost = torch.empty_like(columns)
+            if group is None:
+                torch.div(~keep[:, start:stop], scale, out=lost)
             for j in range(stop - start):
                 if group is not None and j % group[1] == 0:
                     each = slice(j, j + group[1])
@@ -134,10 +136,10 @@ class SparseGPT:
                     keep[:, start:stop][:, each] = keep[:, start:stop][:, each].scatter(1, order[:, :n_leave], False)
                     cut = ranked[:, n_leave - 1 : n_leave]  # -1 where nothing that was there has to leave
                     n_near += int(((ranked[:, n_leave:] - cut <= NEAR_TIE * cut) & (cut >= 0)).sum())
-                column, kept, error = columns[:, j], keep[:, start + j], lost[:, j]
-                torch.mul(column, ~kept / scale[j], out=error)
+                    torch.div(~keep[:, start:stop][:, each], scale[each], out=lost[:, each])
+                error = lost[:, j].mul_(columns[:, j])
                 columns[:, j + 1 :].T.addr_(handed[j, j + 1 :], error, alpha=-1.0)
-                column.masked_fill_(~kept, 0.0)
+            columns.masked_fill_(~keep[:, start:stop], 0.0)
             matrix[:, stop:].addmm_(lost, factor[start:stop, stop:], alpha=-1.0)
         return PrunedMatrix(keep.contiguous(), matrix.contiguous(), n_near)
 

@@ -133,6 +133,8 @@ def _in_order(
         if not name.startswith(blocks) and hasattr(model.get_submodule(name), "weight")
     }
     stages = {**stacks, **{name: (name,) for name in outside}}
+    if len(stacks) == 1 and not outside:
+        return stages
 
     def count_calls() -> dict[str, int]:
         n_calls: dict[str, int] = {}
@@ -188,13 +190,14 @@ def _prune_block(
         for together, places in zip(groups, sources, strict=True):
             linears = [Linear.of(scratch.get_submodule(name)) for name in together]
             joins = [junctions[name] for name in together if name in junctions]
-            fit, test = _moments(linears, joins, places, chain, pruned, dense, n_batches)
-            reduce_([fit, test], f"{block}.{together[0]}".removesuffix("."))
-            gram = fit.gram + test.gram
-            if joins:
+            moments = _moments(linears, joins, places, chain, pruned, dense, n_batches)
+            reduce_(moments, f"{block}.{together[0]}".removesuffix("."))
+            gram = sum((each.gram for each in moments[1:]), moments[0].gram)
+            change = None
+            if dense:
                 now = torch.cat([linear.matrix for linear in linears])
-                fit, test = fit.lacking(now), test.lacking(now)
-            change = refit(fit, test if test.n_tokens else None).change if joins else None  # (sum of d_out, d_in)
+                fit, test = (each.lacking(now) for each in moments)
+                change = refit(fit, test if test.n_tokens else None).change  # (sum of d_out, d_in)
             for name, linear in zip(together, linears, strict=True):
                 site = inside[name]
                 transposed = site.reduction_dim == 0
@@ -254,13 +257,12 @@ def _moments(
     pruned: Walk,
     dense: Walk | None,
     n_batches: int,
-) -> tuple[Moments, Moments]:
-    """Of the common input of `linears`: the sums that fit, and those that test the fit; of this process.
-
-    With `dense`, `cross` is of what their outputs, one after the other, should be but for biases; without, it is empty.
+) -> list[Moments]:
+    """Sums of the common input of `linears`, of this process. With `dense` two: those that fit, and those that test the fit;
+    `cross` is of what their outputs, one after the other, should be but for biases.
     """
-    first, d_out = linears[0].matrix, sum(len(linear.matrix) for linear in linears)
-    moments = [Moments.zeros(first.shape[1], d_out if dense else 0, first.device) for _ in range(2)]
+    first, d_out = linears[0].matrix, sum(len(linear.matrix) for linear in linears) if dense else 0
+    moments = [Moments.zeros(first.shape[1], d_out, first.device) for _ in range(2 if dense else 1)]
     wide = torch.promote_types(first.dtype, torch.float32)
     for number, batch in enumerate(chain.batches):
         seen = pruned.until(number, places)
@@ -274,6 +276,5 @@ def _moments(
                 for linear, junction in zip(linears, junctions, strict=True)
             ]
             wanted = torch.cat(each, 1)
-        moments[is_test(batch.index, n_batches)].add_(inputs, wanted)
-    fit, test = moments
-    return fit, test
+        moments[dense is not None and is_test(batch.index, n_batches)].add_(inputs, wanted)
+    return moments

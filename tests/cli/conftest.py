@@ -1,46 +1,14 @@
-"""The command in this process (quick), and a working folder with a tiny model, data and a recipe."""
+"""A working folder with a tiny model, data and a recipe."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from hf_prune.cli.main import main
 from tests.job import inputs
-
-
-@dataclass
-class Outcome:
-    """What a command left: its exit code and the two streams."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`cli("run", "recipe.yaml")`: as the shell would do it, but in this process."""
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["hf-prune", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return Outcome(code, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -21,15 +21,15 @@ from tests.hub_server import HubServer
 from tests.training.data import Tokens
 
 
-COMMANDS = [
-    (page, line.split(" #")[0].strip())
+COMMANDS = dict.fromkeys(
+    line.split(" #")[0].strip()
     for page in PAGES
     if page.name != "sharing.md"  # whose commands follow one another: tests/docs/test_sharing_page.py
     for block in blocks(page)
     if block.language in ("bash", "sh", "shell", "console")
     for line in block.text.splitlines()
     if line.strip() and not line.startswith("#")
-]
+)
 # They make an environment and take minutes: run by CI itself, and by the tests of the scripts.
 SCRIPTS = ("./scripts/quickstart.sh", "./scripts/test.sh")
 # What is appended so that a command takes seconds: everything happens, on a tiny model, or nothing is read but a config.
@@ -59,19 +59,8 @@ SAYS = {
 }
 
 
-def run(stage, arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "hf_prune", *arguments],
-        cwd=stage.directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("command", [command for _, command in COMMANDS], ids=str)
-def test_commands(command, stage, request):
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands(command, stage, cli):
     program, *arguments = shlex.split(stage.fit(command))
     if program in SCRIPTS and not arguments:
         path = ROOT / program
@@ -106,24 +95,31 @@ def test_commands(command, stage, request):
     arguments += SHORTER.get(
         command, SHORTER["hf-prune run recipes/quickstart.yaml"] if "minilm-half" in command else []
     )
-    environment = {}
     if arguments[0] in ("report", "push"):
         stage.save_pruned("outputs/quickstart")
     if arguments[0] == "push":
-        server = HubServer()
-        request.addfinalizer(lambda: server.__exit__())
-        environment = server.__enter__().env(stage.directory / "home")
-        arguments = [argument.replace("you/", "ada/") for argument in arguments]  # the server's user
-    done = run(stage, arguments, **environment)
-    assert done.returncode == 0, done.stderr
+        with HubServer() as server:  # which only a process of its own takes for the Hub
+            done = subprocess.run(
+                [sys.executable, "-m", "hf_prune", *(argument.replace("you/", "ada/") for argument in arguments)],
+                cwd=stage.directory,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **server.env(stage.directory / "home")},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        done = cli(*arguments)
+        code, out, err = done.code, done.out, done.err
+    assert code == 0, err
     expected = SAYS[arguments[0]]
-    assert any(words in done.stdout for words in ((expected,) if isinstance(expected, str) else expected)), done.stdout
+    assert any(words in out for words in ((expected,) if isinstance(expected, str) else expected)), out
 
 
 @pytest.mark.parametrize("command", ["hf-prune frobnicate", "python setup.py install", "./scripts/quickstart.sh --x"])
-def test_a_command_that_no_test_knows_fails(command, stage, request):
+def test_a_command_that_no_test_knows_fails(command, stage, cli):
     with pytest.raises((AssertionError, KeyError)):
-        test_commands(command, stage, request)
+        test_commands(command, stage, cli)
 
 
 def test_several_processes_do_one_job(stage):

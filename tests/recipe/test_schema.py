@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import jsonschema
+import jsonschema_rs
 import pytest
 
 import hf_prune.recipe
@@ -51,8 +51,8 @@ UNSAID = {
 @pytest.fixture(scope="module")
 def validator():
     schema = Recipe.json_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema)
+    jsonschema_rs.meta.validate(schema)
+    return jsonschema_rs.Draft202012Validator(schema)
 
 
 def refusal(document):
