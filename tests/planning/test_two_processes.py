@@ -11,6 +11,7 @@ from tests.planning.program import RECIPES
 from tests.processes import launch
 
 
+pytestmark = pytest.mark.xdist_group("two processes plan")
 PROGRAM = Path(__file__).with_name("program.py")
 
 

@@ -1,5 +1,4 @@
-"""Run by the tests of several processes: `torchrun … program.py {plan,train,shrink,loop,movement} OUTPUT_DIR`, or by plain
-python."""
+"""Run by the tests of several processes: `torchrun … program.py OUTPUT_DIR`, or by plain python."""
 
 import os
 import sys
@@ -30,7 +29,7 @@ def model():
 def write(masks, name):
     tensors = {f"units|{key}": keep for key, keep in masks.units.items()}
     tensors |= {f"weights|{key}": keep for key, keep in masks.weights.items()}
-    save_file(tensors, Path(sys.argv[2]) / f"{name}-of-{world}-rank{rank}.safetensors")
+    save_file(tensors, Path(sys.argv[1]) / f"{name}-of-{world}-rank{rank}.safetensors")
 
 
 def plan():
@@ -51,12 +50,12 @@ def plan():
                     {"target": "weights", "sparsity": 0.5, "criterion": of_weights, "scope": "global"},
                 ],
             }
-            write(make_plan(one, recipe, calibration=batches).masks, f"{name}-{criterion}")
+            write(make_plan(one, recipe, calibration=batches).masks, f"plan-{name}-{criterion}")
 
 
 def train():
     run = trainer(
-        Path(sys.argv[2]) / f"run-{world}",
+        Path(sys.argv[1]) / f"run-{world}",
         model=model(),
         recipe={**WITH_LAYER, "schedule": {**RECIPE["schedule"], "shrink": "never"}},
         per_device_train_batch_size=4 // world,
@@ -70,7 +69,7 @@ def train():
 
 def shrink():
     run = trainer(
-        Path(sys.argv[2]) / f"run-{world}",
+        Path(sys.argv[1]) / f"run-{world}",
         model=model(),
         recipe=WITH_LAYER,
         per_device_train_batch_size=4 // world,
@@ -78,10 +77,10 @@ def shrink():
     )
     run.train()
     run.evaluate()
-    run.save_model(Path(sys.argv[2]) / f"saved-{world}")
+    run.save_model(Path(sys.argv[1]) / f"saved-{world}")
     save_file(
         {name: tensor.clone() for name, tensor in run.model.state_dict().items()},
-        Path(sys.argv[2]) / f"shrunk-of-{world}-rank{rank}.safetensors",
+        Path(sys.argv[1]) / f"shrunk-of-{world}-rank{rank}.safetensors",
     )
 
 
@@ -123,11 +122,10 @@ def movement():
             optimizer.zero_grad()
     write(masks_of(one), "movement")
     gathered = {name: sums for name, sums in pruner.state_dict()["tensors"].items() if name.startswith("movement|")}
-    save_file(gathered, Path(sys.argv[2]) / f"gathered-of-{world}-rank{rank}.safetensors")
+    save_file(gathered, Path(sys.argv[1]) / f"gathered-of-{world}-rank{rank}.safetensors")
 
 
 if __name__ == "__main__":
     # the functions above read them as they are here
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    what = {"plan": plan, "train": train, "shrink": shrink, "loop": loop, "movement": movement}[sys.argv[1]]
-    run(lambda rank, world: what())
+    run(lambda rank, world: [what() for what in (plan, train, shrink, loop, movement)])
