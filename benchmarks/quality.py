@@ -44,6 +44,7 @@ def _shipped(name: str, **changes: object) -> list[dict]:
 
 HALF = {"target": "weights", "sparsity": 0.5}
 FIFTH = {"target": "ffn_neurons", "sparsity": {"parameters": 0.2}, "uniform": True}
+BY_TOKEN = {"name": "fisher", "per_token": True}
 # name -> heading, steps
 METHODS: dict[str, tuple[str, list[dict]]] = {
     "magnitude": (common.WEIGHTS, [HALF | {"criterion": "l1"}]),
@@ -56,7 +57,8 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
     "neurons": (common.STRUCTURED, [FIFTH | {"criterion": "activation"}]),
     "neurons-greedy": (common.STRUCTURED, [FIFTH | {"sparsity": 0.338, "round_to": 8, "criterion": "greedy"}]),
     "neurons-uniform-refitted": (common.STRUCTURED, _shipped("llm-neurons-uniform", compensation="least_squares")),
-    "neurons-refitted": (common.STRUCTURED, _shipped("llm-neurons", compensation="least_squares")),
+    "neurons-refitted": (common.STRUCTURED, [{"target": "ffn_neurons", "sparsity": {"parameters": 0.2}, "criterion": BY_TOKEN,
+                          "scope": "global", "round_to": 8, "compensation": "least_squares"}]),
     "llm-neurons-uniform": (common.STRUCTURED, _shipped("llm-neurons-uniform")),
     "llm-neurons": (common.STRUCTURED, _shipped("llm-neurons")),
     "layers-10-influence": (common.TENTH_OF_LAYERS, [{"target": "layers", "sparsity": 0.1, "criterion": "block_influence"}]),
