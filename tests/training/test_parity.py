@@ -99,7 +99,7 @@ ROWS = {
     "IterableDataset": (dict(train_dataset=Stream(), max_steps=16), train),
     "incomplete batches left out": (dict(dataloader_drop_last=True, per_device_train_batch_size=5), train),
     "auto_find_batch_size": (
-        dict(auto_find_batch_size=True, per_device_train_batch_size=8, callbacks=[TooLarge()], num_train_epochs=3),
+        dict(auto_find_batch_size=True, per_device_train_batch_size=5, callbacks=[TooLarge()], num_train_epochs=3),
         train,
     ),
     "evaluation on the way": (dict(**EVALUATED, compute_metrics=accuracy, save_total_limit=2), train),
