@@ -73,8 +73,8 @@ TRIED: dict[str, list[dict]] = {
     "neurons by activation": [_NEURONS | {"criterion": "activation"}],
     "neurons by fisher, a gate for a sample": [_NEURONS | {"criterion": "fisher"}],
     "neurons by fisher, a gate for a token": [_NEURONS],
-    "the same, labels drawn": [_NEURONS | {"criterion": {"name": "fisher", "per_token": True, "labels": "drawn"}}],
-    "the same, labels given and drawn": [_NEURONS | {"criterion": {"name": "fisher", "per_token": True, "labels": "both"}}],
+    "the same, labels drawn": [_NEURONS | {"criterion": BY_TOKEN | {"labels": "drawn"}}],
+    "the same, labels given and drawn": [_NEURONS | {"criterion": BY_TOKEN | {"labels": "both"}}],
     "heads too": [
         {"target": "attention_heads", "sparsity": 0.34, "criterion": "activation", "uniform": True, "compensation": "least_squares"},
         _NEURONS | {"sparsity": 0.226, "criterion": "activation"},

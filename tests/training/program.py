@@ -69,7 +69,7 @@ def train():
 
 def shrink():
     run = trainer(
-        Path(sys.argv[1]) / f"run-{world}",
+        Path(sys.argv[1]) / f"shrunk-run-{world}",
         model=model(),
         recipe=WITH_LAYER,
         per_device_train_batch_size=4 // world,
