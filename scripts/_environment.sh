@@ -46,7 +46,8 @@ _make_venv() {
 
 # _pip DIRECTORY CONSTRAINTS ARGUMENTS...
 _pip() {
-    local pip=("$1/bin/python" -m pip install --quiet --constraint "$2")
+    # of 18,000 files a run imports some thousands, which it compiles itself
+    local pip=("$1/bin/python" -m pip install --quiet --no-compile --constraint "$2")
     # torch by itself and first, at the pinned version: a range may fetch gigabytes of GPU libraries
     "${pip[@]}" "$(grep '^torch==' "$2")"
     "${pip[@]}" "${@:3}"

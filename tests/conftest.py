@@ -3,6 +3,7 @@ can't be built with it, is skipped."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items):
             why = f"Transformers {transformers.__version__} does not know it"
         if why:
             item.add_marker(pytest.mark.skip(reason=f"{model_type}: {why}"))
+
+
+def pytest_collection_finish():
+    """Trainer collects garbage at each start: what the tests are made of need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
