@@ -88,6 +88,37 @@ def find_branches(block: nn.Module, call: BlockCall, hidden: Tensor, projections
     return found
 
 
+@torch.no_grad()
+def find_tokenwise(block: nn.Module, call: BlockCall, hidden: Tensor, name: str) -> Junction | None:
+    """The junction of the module `name` at the block's end, if it sees each token by itself and takes in nothing else.
+
+    Args:
+        block, call, hidden: as for `find_junctions`.
+        name: of a module inside the block.
+    """
+    module = block.get_submodule(name)
+    taken_in: list[tuple[Tensor, BlockCall, Tensor]] = []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        hidden, rest = BlockCall.of(args, kwargs)
+        taken_in.append((hidden.clone(), rest, first_tensor(output).clone()))  # a block may go on in place
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        junctions = find_junctions(block, call, hidden, [name])
+    finally:
+        handle.remove()
+    ends = [junction for junction in junctions if junction.total == ("", "output")]
+    if not ends or len(taken_in) != 1 or taken_in[0][1].args or taken_in[0][1].kwargs:
+        return None
+    x, _, y = taken_in[0]
+    x, y = _rows(x), _rows(y)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    shuffled = _rows(first_tensor(module(x[order][None])))
+    is_alike = shuffled.shape == y.shape and (shuffled - y[order]).abs().max() <= _close(y.dtype) * y.abs().max()
+    return ends[0] if is_alike else None
+
+
 def _ends(name: str, passed: list[tuple[Place, Tensor]]) -> Iterator[str]:
     """`name`, then the module that takes its output in, then the one that takes in that one's."""
     yield name

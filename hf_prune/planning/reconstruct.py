@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.masks import MaskedTensor
-from hf_prune.calibration.blocks import Chain
-from hf_prune.calibration.reduction import rank_and_world, sum_over_processes
-from hf_prune.calibration.shelf import States
+from hf_prune.calibration.reduction import sum_over_processes
+from hf_prune.planning.lessons import Batchwise, Lessons, Tokenwise
 
 
 BETAS = 0.9, 0.99  # of Adam, for tens of steps
 EPS = 1e-12  # of Adam: one weight of millions has a small gradient
-LEAST_SIZE = 1e-6  # of a token's |s|², in the mean's: a state of zeros would weigh without end
 
 
 @dataclass(frozen=True, order=True)
@@ -45,49 +45,42 @@ class Reconstruction:
 def reconstruct_(
     block: nn.Module,
     names: Sequence[str],
-    chain: Chain,
-    position: int,
-    wanted: States,
-    turns: Sequence[tuple[int, int]],
+    lessons: Batchwise,
     how: Reconstruction,
     masked: Sequence[tuple[MaskedTensor, Tensor]],
     seed: int,
 ) -> None:
-    """Train `block` in place, a step for each turn. The caller has gradients disabled.
-
-    The order of the turns is one for all processes, and each step's gradient is of one batch: the process whose it is hands it
-    to the others. So the result depends on their number no more than a sum's rounding does.
+    """Train `block` in place: token by token where what learns is in one module that allows it, else batch by batch. The caller
+    has gradients disabled.
 
     Args:
         block: a scratch copy in evaluation mode.
         names: of its parameters that learn.
-        chain: its hidden states are what goes into the block at `position`.
-        wanted: s, by batch of the chain.
-        turns: of `calibration.batches.turns`.
+        lessons: of the whole block.
         how: epochs and learning rate.
         masked: what stays zero, with its parameters.
         seed: of a private random state, for the order.
     """
     block.requires_grad_(False)
+    taught = Tokenwise.of(lessons, _innermost(names)) or lessons
     parameters = [block.get_parameter(name).requires_grad_() for name in names]
     # a step in bfloat16 would mostly be rounded away
     masters = [parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters]
     lengths = [how.learning_rate * float(master.square().mean().sqrt()) for master in masters]
     groups = [{"params": [master], "lr": length} for master, length in zip(masters, lengths, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
-    rank, _ = rank_and_world()
     gradients = [torch.zeros_like(master) for master in masters]
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient
-    n_steps = how.epochs * len(turns)
-    for step, (owner, number) in enumerate(_in_random_order(turns, how.epochs, seed)):
+    generator = torch.Generator().manual_seed(seed)
+    steps = [step for _ in range(how.epochs) for step in taught.epoch(generator)]
+    for n_done, step in enumerate(steps):
         for gradient in gradients:
             gradient.zero_()
-        if owner == rank:
-            _backward(block, parameters, gradients, chain, number, position, wanted[number])
-        sum_over_processes(gradients)  # one is the owner's, the others are zeros
+        _backward(parameters, gradients, taught, step)
+        sum_over_processes(gradients)
         for group, length in zip(optimizer.param_groups, lengths, strict=True):
-            group["lr"] = length * (1 + math.cos(math.pi * step / n_steps)) / 2
+            group["lr"] = length * (1 + math.cos(math.pi * n_done / len(steps))) / 2
         optimizer.step()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.detach().copy_(master)
@@ -96,49 +89,24 @@ def reconstruct_(
     block.requires_grad_(False)
 
 
-def _backward(
-    block: nn.Module,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    chain: Chain,
-    number: int,
-    position: int,
-    wanted: Tensor,
-) -> None:
-    """Put into `gradients`, zeros so far, those of the sum over the tokens of one batch, of whose scale Adam knows nothing.
+def _backward(parameters: Sequence[Tensor], gradients: Sequence[Tensor], lessons: Lessons, step: Any) -> None:
+    """Put into `gradients`, zeros so far, those of the sum over this process's tokens of a step, of whose scale Adam knows nothing.
 
     They pass the block in units of the largest at its output: float16 has no room for smaller numbers.
     """
     with torch.enable_grad():
-        hidden = chain.calls[number][position](block, chain.hidden[number])
-        end = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32)).requires_grad_()
-        (at_end,) = torch.autograd.grad(relative_error(chain, number, end, wanted).sum(), end)
+        put_out = lessons.put_out(step)
+        if put_out is None:
+            return
+        end = put_out.detach().to(torch.promote_types(put_out.dtype, torch.float32)).requires_grad_()
+        (at_end,) = torch.autograd.grad(lessons.error(step, end), end)
     size = float(at_end.abs().max())
-    if not (hidden.requires_grad and size):  # an expert that nothing in this batch was sent to
+    if not (put_out.requires_grad and size):  # an expert that nothing in this batch was sent to
         return
-    found = torch.autograd.grad(hidden, parameters, (at_end / size).to(hidden.dtype), allow_unused=True)
+    found = torch.autograd.grad(put_out, parameters, (at_end / size).to(put_out.dtype), allow_unused=True)
     for gradient, each in zip(gradients, found, strict=True):
         if each is not None:
             gradient.copy_(each).mul_(size)
-
-
-def relative_error(chain: Chain, number: int, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """|hidden - s|² / |s|² of each token of a batch that is no padding, (n_tokens,), float32 or better."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    target = chain.tokens(number, wanted).to(wide)
-    left = (chain.tokens(number, hidden).to(wide) - target).square().sum(1)
-    size = target.square().sum(1)
-    return left / size.clamp(min=LEAST_SIZE * float(size.mean()) + torch.finfo(wide).tiny)
-
-
-def mean_error(chain: Chain, wanted: States) -> float:
-    """The mean relative error over the tokens of all processes."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for number in range(len(chain.calls)):
-        errors = relative_error(chain, number, chain.hidden[number], wanted[number])
-        sums += torch.tensor([float(errors.double().sum()), len(errors)], dtype=torch.float64)
-    sum_over_processes([sums])
-    return float(sums[0] / sums[1])
 
 
 def learning_parameters(model: nn.Module, block: str, scratch: nn.Module) -> list[str]:
@@ -156,8 +124,7 @@ def learning_parameters(model: nn.Module, block: str, scratch: nn.Module) -> lis
     ]
 
 
-def _in_random_order(turns: Sequence[tuple[int, int]], epochs: int, seed: int) -> Iterator[tuple[int, int]]:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for index in torch.randperm(len(turns), generator=generator).tolist():
-            yield turns[index]
+def _innermost(names: Sequence[str]) -> str:
+    """The module that has all these parameters; the block itself is ""."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))

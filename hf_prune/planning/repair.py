@@ -12,7 +12,7 @@ Where the recipe asks for it, what is left of each block then learns what a line
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.present import dropped_modules, kept_entries
-from hf_prune.apply.replace import add_bias_, remove_biases_
 from hf_prune.calibration.batches import dealt, turns
 from hf_prune.calibration.blocks import Chain, record_chain, recorded
 from hf_prune.calibration.collect import evaluation
@@ -29,10 +28,12 @@ from hf_prune.calibration.reduction import as_first_rank
 from hf_prune.calibration.residual import Junction, find_junctions
 from hf_prune.calibration.shelf import States, open_shelf
 from hf_prune.calibration.walk import Walk
-from hf_prune.compensation.least_squares import Moments, is_test, reduce_, refit
+from hf_prune.compensation.least_squares import is_test
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, mean_error, reconstruct_
+from hf_prune.planning.lessons import Batchwise, mean_error
+from hf_prune.planning.projection import Projection, refit_projection_
+from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, reconstruct_
 from hf_prune.planning.scratch import Linear, masked_copy, masked_within, require_in_stacks, wanted_of
 from hf_prune.recipe.fields import Compensation
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
@@ -302,7 +303,8 @@ class _StackRepair:
         ]
         if before < ROUNDING or not names:
             return
-        reconstruct_(scratch, names, start, position, wanted, self.order, how, masked, self.seed + position)
+        lessons = Batchwise(scratch, start, position, wanted, self.order)
+        reconstruct_(scratch, names, lessons, how, masked, self.seed + position)
         start.run_(position, scratch)
         after = mean_error(start, wanted)
         give_back()
@@ -381,58 +383,24 @@ class _StackRepair:
         name = f"{self.blocks[position]}.{junction.projection}"
         module = scratch.get_submodule(junction.projection)
         only_bias = name in self.wanted.biases and name not in self.wanted.projections
-        lacks_bias = getattr(module, "bias", None) is None
-        is_new = lacks_bias and name in self.wanted.adding
-        if is_new:
-            add_bias_(module)
-        elif only_bias and lacks_bias:
-            raise RecipeError(
-                f"compensation bias: {name} has no bias to take what left; use least_squares, {{name: bias, add: true}}, "
-                "which gives it one, or exclude it"
-            )
         linear = Linear.of(module)
-        weight, bias, matrix = linear.weight, linear.bias, linear.matrix
-        d_out, d_in = matrix.shape
+        is_transposed = linear.matrix is not linear.weight
         # removed inputs keep theirs, removed weights stay out
-        site = WeightSite(f"{name}.weight", name, tuple(weight.shape), reduction_dim=1 if weight is matrix else 0)
-        there = kept_entries(self.structure, self.masks, site).to(weight.device)
-        there = there if weight is matrix else there.T
-        columns = torch.nonzero(there.any(0)).reshape(-1)[: 0 if only_bias else d_in]
-        may_change = torch.cat([there[:, columns], there.new_ones(d_out, int(bias is not None))], 1)
-        moments = [Moments.zeros(may_change.shape[1], d_out, weight.device) for _ in range(2)]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        for number, batch in enumerate(current.batches):
-            seen = going.until(number, junction.sources)
-            inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
-            wanted = wanted_of(current, number, junction, seen, targets[number], wide)
-            if only_bias:
-                wanted = wanted - inputs @ matrix.T.to(wide)
-            inputs = inputs[:, columns]
-            if bias is not None:
-                inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-            moments[is_test(batch.index, self.n_batches)].add_(inputs, wanted)
-        reduce_(moments, name)
-        now = torch.cat([matrix[:, columns], *([] if bias is None else [bias[:, None]])], 1)
-        fit, test = (each.lacking(now) for each in moments)
-        index = torch.nonzero(fit.gram.diagonal() + test.gram.diagonal() > 0).reshape(-1)  # of those that fire
-        fit, test = fit.at(index), test.at(index)
-        # the mean of what left takes no ridge
-        fitted, tested = (fit + test, None) if only_bias or not test.n_tokens else (fit, test)
-        found = refit(fitted, tested, n_free=int(bias is not None), may_change=may_change[:, index])
-        self.found.ridges.append(0.0 if only_bias else found.ridge)
-        self.found.n_tokens.add(fit.n_tokens + test.n_tokens)
-        if is_new and self.found.ridges[-1] is None:
-            remove_biases_(module, ["bias"])  # where no change does better it would be zeros
-            bias = None
-        elif is_new:
+        site = WeightSite(f"{name}.weight", name, tuple(linear.weight.shape), reduction_dim=0 if is_transposed else 1)
+        there = kept_entries(self.structure, self.masks, site).to(linear.weight.device)
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+
+        def rows() -> Iterator[tuple[bool, Tensor, Tensor]]:
+            for number, batch in enumerate(current.batches):
+                seen = going.until(number, junction.sources)
+                inputs = current.tokens(number, seen[junction.projection, "input"]).to(wide)
+                outputs = wanted_of(current, number, junction, seen, targets[number], wide)
+                yield is_test(batch.index, self.n_batches), inputs, outputs
+
+        projection = Projection(name, module, only_bias, may_add=name in self.wanted.adding)
+        done = refit_projection_(projection, there.T if is_transposed else there, rows())
+        self.found.ridges.append(done.ridge)
+        self.found.n_tokens.add(done.n_tokens)
+        if done.has_new_bias:
             self.found.added.append(f"{name}.bias")
-        change = found.change.new_zeros(may_change.shape)
-        change[:, index] = found.change
-        new = {}
-        if not only_bias:
-            matrix[:, columns] = (matrix[:, columns].double() + change[:, : len(columns)]).to(matrix.dtype)
-            new["weight"] = weight.detach().cpu().clone()
-        if bias is not None:
-            bias.copy_(bias.double() + change[:, -1])
-            new["bias"] = bias.detach().cpu().clone()
-        return new
+        return done.values
