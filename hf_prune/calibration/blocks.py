@@ -215,7 +215,12 @@ def first_tensor(value: Any) -> Tensor:
 def recorded(block: nn.Module, places: Sequence[Place]) -> Iterator[dict[Place, Tensor]]:
     """What passes `places` while the block runs as a whole."""
     seen: dict[Place, Tensor] = {}
-    handles = [watch(block, place, seen.__setitem__) for place in dict.fromkeys(places)]
+
+    def note(place: Place, tensor: Tensor) -> None:
+        # of an input a copy, as of an output: by the end of the block it may have been added to in place
+        seen[place] = tensor.clone() if place[1] == "input" else tensor
+
+    handles = [watch(block, place, note) for place in dict.fromkeys(places)]
     try:
         yield seen
     finally:

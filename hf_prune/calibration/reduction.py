@@ -55,10 +55,11 @@ def as_first_rank(find: Callable[[], Any]) -> Any:
 
 
 def sum_over_processes(sums: Iterable[Tensor]) -> None:
-    """Replace each float64 tensor by its sum over all processes, in place; every rank passes the same shapes.
+    """Replace each tensor by its sum over all processes, in place; every rank passes the same shapes.
 
     A sum of float32 numbers in float64 is exact, in any order, unless they differ by some 2**28 in size. So
-    what is left after rounding to float32 doesn't depend on how many processes there are.
+    what is left after rounding to float32 doesn't depend on how many processes there are. Of float32 tensors, as gradients are,
+    the sum does, by its rounding.
     """
     if rank_and_world()[1] == 1:
         return

@@ -25,10 +25,11 @@ class OnDisk:
         )
         weakref.finalize(self, _remove, path)
 
-    def load(self) -> Tensor:
-        """The tensor, mapped from the file; changing it in place doesn't change the file."""
+    def load(self, rows: Tensor | None = None) -> Tensor:
+        """The tensor, or some of its rows, mapped from the file; changing it in place doesn't change the file."""
         flat = torch.from_file(str(self._path), shared=False, size=self._shape.numel(), dtype=self._dtype)
-        return flat.reshape(self._shape).to(self._device)
+        whole = flat.reshape(self._shape)
+        return (whole if rows is None else whole[rows]).to(self._device)
 
 
 def _remove(path: Path) -> None:
@@ -82,6 +83,11 @@ class States:
 
     def __getitem__(self, number: int) -> Tensor:
         return taken(self._held[number])
+
+    def rows(self, number: int, rows: Tensor) -> Tensor:
+        """Some rows of a tensor; from a file no others are read."""
+        held = self._held[number]
+        return held.load(rows) if isinstance(held, OnDisk) else held[rows.to(held.device)]
 
     def __setitem__(self, number: int, tensor: Tensor) -> None:
         self._held[number] = self.shelf.put(tensor)

@@ -26,11 +26,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Refitted:
-    """Its new tensors by name; the ridge that was chosen, None where no change did better; what it was fitted on."""
+    """What became of it."""
 
-    values: dict[str, Tensor]
-    ridge: float | None
-    n_tokens: int
+    values: dict[str, Tensor]  # its new tensors by name
+    ridge: float | None  # the one chosen; None where no change did better
+    n_tokens: int  # with those held out
     has_new_bias: bool
 
 
@@ -39,7 +39,7 @@ def refit_projection_(projection: Projection, there: Tensor, rows: Iterable[tupl
 
     Args:
         projection: which, and what of it.
-        there: bool (d_out, d_in); the other entries stay zero. Inputs that are nowhere keep their weights.
+        there: bool (d_out, d_in); the other entries stay zero; columns without any True keep their weights.
         rows: by batch whether it is held out to choose the ridge, the inputs (n_tokens, d_in), and what should come out, bias
             and all (n_tokens, d_out).
 

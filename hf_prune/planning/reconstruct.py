@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hf_prune.apply.masks import MaskedTensor
 from hf_prune.calibration.reduction import sum_over_processes
-from hf_prune.planning.lessons import Batchwise, Lessons, Tokenwise
+from hf_prune.planning.minibatches import Minibatches, SingleTokens, WholeBatches
 
 
 BETAS = 0.9, 0.99  # of Adam, for tens of steps
@@ -45,24 +45,24 @@ class Reconstruction:
 def reconstruct_(
     block: nn.Module,
     names: Sequence[str],
-    lessons: Batchwise,
+    whole: WholeBatches,
     how: Reconstruction,
     masked: Sequence[tuple[MaskedTensor, Tensor]],
     seed: int,
 ) -> None:
-    """Train `block` in place: token by token where what learns is in one module that allows it, else batch by batch. The caller
-    has gradients disabled.
+    """Train `block` in place, in steps of tokens from all of the data where what learns is one module that allows it, else batch by
+    batch. The caller has gradients disabled.
 
     Args:
         block: a scratch copy in evaluation mode.
         names: of its parameters that learn.
-        lessons: of the whole block.
+        whole: the data, for the whole block.
         how: epochs and learning rate.
         masked: what stays zero, with its parameters.
         seed: of a private random state, for the order.
     """
     block.requires_grad_(False)
-    taught = Tokenwise.of(lessons, _innermost(names)) or lessons
+    minibatches = SingleTokens.of(whole, _innermost(names)) or whole
     parameters = [block.get_parameter(name).requires_grad_() for name in names]
     # a step in bfloat16 would mostly be rounded away
     masters = [parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters]
@@ -73,11 +73,11 @@ def reconstruct_(
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient
     generator = torch.Generator().manual_seed(seed)
-    steps = [step for _ in range(how.epochs) for step in taught.epoch(generator)]
+    steps = [step for _ in range(how.epochs) for step in minibatches.epoch(generator)]
     for n_done, step in enumerate(steps):
         for gradient in gradients:
             gradient.zero_()
-        _backward(parameters, gradients, taught, step)
+        _backward(parameters, gradients, minibatches, step)
         sum_over_processes(gradients)
         for group, length in zip(optimizer.param_groups, lengths, strict=True):
             group["lr"] = length * (1 + math.cos(math.pi * n_done / len(steps))) / 2
@@ -89,21 +89,21 @@ def reconstruct_(
     block.requires_grad_(False)
 
 
-def _backward(parameters: Sequence[Tensor], gradients: Sequence[Tensor], lessons: Lessons, step: Any) -> None:
+def _backward(parameters: Sequence[Tensor], gradients: Sequence[Tensor], minibatches: Minibatches, step: Any) -> None:
     """Put into `gradients`, zeros so far, those of the sum over this process's tokens of a step, of whose scale Adam knows nothing.
 
     They pass the block in units of the largest at its output: float16 has no room for smaller numbers.
     """
     with torch.enable_grad():
-        put_out = lessons.put_out(step)
-        if put_out is None:
+        output = minibatches.forward(step)
+        if output is None:
             return
-        end = put_out.detach().to(torch.promote_types(put_out.dtype, torch.float32)).requires_grad_()
-        (at_end,) = torch.autograd.grad(lessons.error(step, end), end)
+        end = output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_()
+        (at_end,) = torch.autograd.grad(minibatches.loss(step, end), end)
     size = float(at_end.abs().max())
-    if not (put_out.requires_grad and size):  # an expert that nothing in this batch was sent to
+    if not (output.requires_grad and size):  # an expert that nothing in this batch was sent to
         return
-    found = torch.autograd.grad(put_out, parameters, (at_end / size).to(put_out.dtype), allow_unused=True)
+    found = torch.autograd.grad(output, parameters, (at_end / size).to(output.dtype), allow_unused=True)
     for gradient, each in zip(gradients, found, strict=True):
         if each is not None:
             gradient.copy_(each).mul_(size)

@@ -31,7 +31,7 @@ from hf_prune.calibration.walk import Walk
 from hf_prune.compensation.least_squares import is_test
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
-from hf_prune.planning.lessons import Batchwise, mean_error
+from hf_prune.planning.minibatches import WholeBatches, mean_error
 from hf_prune.planning.projection import Projection, refit_projection_
 from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, reconstruct_
 from hf_prune.planning.scratch import Linear, masked_copy, masked_within, require_in_stacks, wanted_of
@@ -303,8 +303,8 @@ class _StackRepair:
         ]
         if before < ROUNDING or not names:
             return
-        lessons = Batchwise(scratch, start, position, wanted, self.order)
-        reconstruct_(scratch, names, lessons, how, masked, self.seed + position)
+        whole = WholeBatches(scratch, start, position, wanted, self.order)
+        reconstruct_(scratch, names, whole, how, masked, self.seed + position)
         start.run_(position, scratch)
         after = mean_error(start, wanted)
         give_back()
