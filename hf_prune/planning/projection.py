@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.replace import add_bias_, remove_biases_
+from hf_prune.calibration.reduction import raise_together
 from hf_prune.compensation.least_squares import Moments, reduce_, refit
-from hf_prune.errors import RecipeError
+from hf_prune.errors import CalibrationError, RecipeError
 from hf_prune.planning.scratch import Linear
 
 
@@ -44,7 +45,7 @@ def refit_projection_(projection: Projection, there: Tensor, rows: Iterable[tupl
             and all (n_tokens, d_out).
 
     Raises:
-        CalibrationError: numbers that are not finite.
+        CalibrationError: numbers that are not finite, or other tokens than in the dense model.
         RecipeError: it has no bias to take the change.
     """
     module = projection.module
@@ -62,13 +63,21 @@ def refit_projection_(projection: Projection, there: Tensor, rows: Iterable[tupl
     columns = torch.nonzero(there.any(0)).reshape(-1)[: 0 if projection.only_bias else d_in]
     may_change = torch.cat([there[:, columns], there.new_ones(d_out, int(bias is not None))], 1)
     moments = [Moments.zeros(may_change.shape[1], d_out, weight.device) for _ in range(2)]
+    error = None
     for is_held_out, inputs, outputs in rows:
+        if len(inputs) != len(outputs):
+            error = CalibrationError(
+                f"{projection.name} can't be refitted: the pruned model sends it other tokens than the dense model does, as routers do "
+                "to experts; exclude it, or use compensation none"
+            )
+            break
         if projection.only_bias:
             outputs = outputs - inputs @ matrix.T.to(inputs.dtype)
         inputs = inputs[:, columns]
         if bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         moments[is_held_out].add_(inputs, outputs)
+    raise_together(error)
     reduce_(moments, projection.name)
     now = torch.cat([matrix[:, columns], *([] if bias is None else [bias[:, None]])], 1)
     fit, test = (each.lacking(now) for each in moments)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from hf_prune import apply_, make_plan
 from hf_prune.apply.masks import set_masks
@@ -292,3 +293,17 @@ def test_a_plan_with_new_values_is_saved_and_loaded(tmp_path):
     assert all(torch.equal(loaded.replacements[name], value) for name, value in plan.replacements.items())
     batches = batches_of(model, 1)
     assert torch.equal(outputs(repaired(model, loaded), batches), outputs(repaired(model, plan), batches))
+
+
+def test_experts_that_get_other_tokens_than_before_are_an_error():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4)
+    experts = dict(num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes, **experts)).eval()
+    batches = [
+        {"input_ids": torch.randint(99, (4, 16)), "decoder_input_ids": torch.randint(99, (4, 8))} for _ in range(4)
+    ]
+    with pytest.raises(
+        CalibrationError, match=r"experts\.expert_\d\.wo can't be refitted: the pruned model sends it other"
+    ):
+        make_plan(model, recipe(step("ffn_neurons", "least_squares", sparsity=0.5)), calibration=batches)
