@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_prune.calibration.blocks import Chain, first_tensor, recorded
+from hf_prune.calibration.blocks import Chain, first_tensor
+from hf_prune.calibration.recorders import at_least_float32
 from hf_prune.calibration.reduction import as_first_rank, rank_and_world, sum_over_processes
-from hf_prune.calibration.residual import Junction, find_tokenwise
+from hf_prune.calibration.residual import find_tokenwise
 from hf_prune.calibration.shelf import States
+from hf_prune.calibration.walk import Walk
 from hf_prune.planning.scratch import wanted_of
 
 
@@ -98,21 +100,19 @@ class SingleTokens:
         ends with a sum with what it puts out.
         """
         block, chain, position = whole.block, whole.chain, whole.position
-
-        def find() -> Junction | None:
-            return find_tokenwise(block, chain.calls[0][position], chain.hidden[0], name) if name else None
-
-        junction = as_first_rank(find)
+        if not name:
+            return None
+        junction = as_first_rank(lambda: find_tokenwise(block, chain.calls[0][position], chain.hidden[0], name))
         if junction is None:
             return None
         inputs, targets, squared_norms = chain.hidden.like(), chain.hidden.like(), []
-        for number, calls in enumerate(chain.calls):
-            with recorded(block, junction.sources) as seen:
-                hidden = calls[position](block, chain.hidden[number])
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            inputs.append(chain.tokens(number, seen[name, "input"]))
-            targets.append(wanted_of(chain, number, junction, seen, whole.wanted[number], wide))
-            squared_norms.append(_squared_norms(chain.tokens(number, whole.wanted[number]).to(wide)))
+        with Walk(chain, position, block, junction.sources) as going:  # as far as the module, which needn't run
+            for number in range(len(chain.calls)):
+                seen = going.until(number, junction.sources)
+                wanted = at_least_float32(whole.wanted[number])
+                inputs.append(chain.tokens(number, seen[name, "input"]))
+                targets.append(wanted_of(chain, number, junction, seen, wanted, wanted.dtype))
+                squared_norms.append(_squared_norms(chain.tokens(number, wanted)))
         counts = torch.zeros(len(whole.turns), dtype=torch.float64)
         mine = [turn for turn, (owner, _) in enumerate(whole.turns) if owner == rank_and_world()[0]]
         counts[mine] = torch.tensor([len(each) for each in squared_norms], dtype=torch.float64)
@@ -149,9 +149,8 @@ class SingleTokens:
 
 def relative_error(chain: Chain, number: int, hidden: Tensor, wanted: Tensor) -> Tensor:
     """|hidden - s|² / |s|² of each token of a batch that is no padding, (n_tokens,), float32 or better."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    target = chain.tokens(number, wanted).to(wide)
-    return (chain.tokens(number, hidden).to(wide) - target).square().sum(1) / _squared_norms(target)
+    found, target = (at_least_float32(chain.tokens(number, each)) for each in (hidden, wanted))
+    return (found - target).square().sum(1) / _squared_norms(target)
 
 
 def _squared_norms(target: Tensor) -> Tensor:

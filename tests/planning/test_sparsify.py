@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from hf_prune import apply_, make_plan
+from hf_prune.calibration.batches import dealt
+from hf_prune.calibration.blocks import record_chain
 from hf_prune.criteria import get
 from hf_prune.errors import CalibrationError, RecipeError
+from hf_prune.planning.sparsify import _by_input
 from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.planning.test_repair import batches_of, recipe
@@ -48,6 +51,18 @@ def test_a_matrix_behind_the_blocks_is_pruned_on_what_the_pruned_blocks_give_it(
     assert torch.equal(plan.masks.weights[f"{outside}.weight"], keep)
     assert torch.allclose(plan.replacements[f"{outside}.weight"].float(), values, rtol=1e-4, atol=1e-5)
     assert plan.masks.weights.keys() == {site.name for site in inspect_model(model).weights}
+
+
+def test_what_shares_an_input_is_pruned_together():
+    model = zoo.build("llama")
+    (batch,) = batches_of(model, 1)
+    block = model.model.layers[0]
+    linears = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        chain = record_chain(model, "model.layers", ["model.layers.0"], list(dealt([batch], torch.device("cpu"))), {})
+        together = _by_input(block, chain, 0, linears)
+    short = [[name.rpartition(".")[2] for name in names] for names in together]
+    assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def test_the_blocks_are_pruned_on_what_a_pruned_matrix_before_them_gives():
