@@ -37,7 +37,8 @@ The second runs in an environment of its own; [its head](../benchmarks/rivals.py
 - The rows were measured at several commits, while other work ran on the machine, which makes CPU seconds larger, in no row by as much as in
   another: take them as upper bounds. Perplexities don't depend on that. The two rows of Wanda at 50 % were measured one after the other, with
   one other process on the second core. `sparsegpt-paper`, `sparsegpt-paper, offload disk` and `neurons-greedy` were measured on a slower day
-  than the others: the first with nothing else running, the other two beside one to three jobs. `llm-neurons` and `llm-neurons-uniform` ran beside each other.
+  than the others: the first with nothing else running, the other two beside one to three jobs. `llm-neurons` and `llm-neurons-uniform`
+  ran beside each other.
 - `llm-neurons-uniform` and `llm-neurons` end with `reconstruct`, which is gradient descent: block by block, on the same windows of calibration,
   without labels. `neurons-uniform-refitted` is the first in closed form alone; `neurons-refitted` is in closed form too, and its layers have
   no bounds.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_prune.calibration.recorders import at_least_float32
 from hf_prune.calibration.reduction import sum_over_processes
 from hf_prune.criteria.support import solve_on_support
 from hf_prune.errors import CalibrationError
@@ -43,7 +44,7 @@ class Moments:
 
     def add_(self, inputs: Tensor, outputs: Tensor) -> None:
         """One batch: `inputs` (n_tokens, n), y or e (n_tokens, d_out); products in float32 or better."""
-        inputs, outputs = _at_least_float32(inputs), _at_least_float32(outputs)
+        inputs, outputs = at_least_float32(inputs), at_least_float32(outputs)
         add_gram_(self.gram, inputs)
         self.cross += outputs.T @ inputs
         self.n_tokens += len(inputs)
@@ -170,7 +171,3 @@ def _restricted(change: Tensor, moments: Moments, ridge: float, n: int, may_chan
     """The best D on the entries that may change: the nearest to the free one, by the norm that G + λ diag G makes."""
     gram = _ridged(moments.gram, ridge, n)
     return solve_on_support(torch.zeros_like(change), change, may_change, gram, RESTRICTED_STEPS)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

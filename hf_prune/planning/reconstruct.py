@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.apply.masks import MaskedTensor
+from hf_prune.calibration.recorders import at_least_float32
 from hf_prune.calibration.reduction import sum_over_processes
 from hf_prune.planning.minibatches import Minibatches, SingleTokens, WholeBatches
 
@@ -65,7 +66,7 @@ def reconstruct_(
     minibatches = SingleTokens.of(whole, _innermost(names)) or whole
     parameters = [block.get_parameter(name).requires_grad_() for name in names]
     # a step in bfloat16 would mostly be rounded away
-    masters = [parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters]
+    masters = [at_least_float32(parameter.detach()) for parameter in parameters]
     lengths = [how.learning_rate * float(master.square().mean().sqrt()) for master in masters]
     groups = [{"params": [master], "lr": length} for master, length in zip(masters, lengths, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
@@ -98,7 +99,7 @@ def _backward(parameters: Sequence[Tensor], gradients: Sequence[Tensor], minibat
         output = minibatches.forward(step)
         if output is None:
             return
-        end = output.detach().to(torch.promote_types(output.dtype, torch.float32)).requires_grad_()
+        end = at_least_float32(output.detach()).requires_grad_()
         (at_end,) = torch.autograd.grad(minibatches.loss(step, end), end)
     size = float(at_end.abs().max())
     if not (output.requires_grad and size):  # an expert that nothing in this batch was sent to

@@ -32,7 +32,7 @@ from hf_prune.compensation.least_squares import is_test
 from hf_prune.errors import CalibrationError, RecipeError, UnsupportedModelError
 from hf_prune.plan import KeepMasks
 from hf_prune.planning.minibatches import WholeBatches, mean_error
-from hf_prune.planning.projection import Projection, refit_projection_
+from hf_prune.planning.projection import refit_projection_
 from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, reconstruct_
 from hf_prune.planning.scratch import Linear, masked_copy, masked_within, require_in_stacks, wanted_of
 from hf_prune.recipe.fields import Compensation
@@ -397,8 +397,9 @@ class _StackRepair:
                 outputs = wanted_of(current, number, junction, seen, targets[number], wide)
                 yield is_test(batch.index, self.n_batches), inputs, outputs
 
-        projection = Projection(name, module, only_bias, may_add=name in self.wanted.adding)
-        done = refit_projection_(projection, there.T if is_transposed else there, rows())
+        there = there.T if is_transposed else there
+        may_add = name in self.wanted.adding
+        done = refit_projection_(name, module, there, rows(), only_bias=only_bias, may_add=may_add)
         self.found.ridges.append(done.ridge)
         self.found.n_tokens.add(done.n_tokens)
         if done.has_new_bias:
