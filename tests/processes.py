@@ -1,17 +1,42 @@
-"""Programs of the tests in processes of their own: alone, or several by torchrun over gloo."""
+"""Programs of the tests in processes of their own: alone, or several over gloo.
 
+They are forked from one interpreter that has imported the libraries already, which takes a fresh one 7 seconds: what a program does
+is tested here, and what a shell, torchrun and a clean interpreter make of it where `subprocess` is called.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
 import os
+import runpy
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
+from multiprocessing import connection, forkserver
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import PartialState
 
 
 ROOT = Path(__file__).parents[1]
+IMPORTED = ["hf_prune.cli.main", "hf_prune.job.run", "hf_prune.training.trainer", "evaluate", "tests.zoo"]
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def launch(program: Path, *arguments: object, n_processes: int = 1, timeout: float = 300) -> None:
@@ -24,14 +49,81 @@ def attempt(
     program: Path, *arguments: object, n_processes: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """The same for one that may fail, or be killed: what became of it."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(program), *map(str, arguments)]
-    if n_processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    return subprocess.run(
-        command, env=inherited | ours, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout
-    )
+    return python(program, *arguments, n_processes=n_processes, timeout=timeout, ACCELERATE_USE_CPU="true")
+
+
+def python(
+    *command: object, folder: Path = ROOT, n_processes: int = 1, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """What `python COMMAND` does in a folder, or torchrun in several processes, which end when one of them fails.
+
+    Args:
+        command: a file or "-c" and code, and the arguments.
+        environment: what differs from the one at hand; libraries that read theirs when they are imported don't see it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    environment = {**inherited, **ENVIRONMENT, **environment}
+    words = [str(word) for word in command]
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place, name) for name in ("out", "err")]
+        ranks = []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        for rank in range(n_processes):
+            values = (rank, n_processes, rank, n_processes, "127.0.0.1", port)
+            of_rank = dict(zip(TORCHRUN, map(str, values), strict=True)) if n_processes > 1 else {}
+            ranks.append(_warm().Process(target=_become, args=(words, folder, {**environment, **of_rank}, files)))
+        for process in ranks:
+            process.start()
+        code = _code(ranks, words, timeout)
+        out, err = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+@cache
+def _warm() -> ForkServerContext:
+    """The interpreter that is forked, started with an environment that no test has changed, and with empty caches of its own."""
+    home = tempfile.mkdtemp()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, {**ENVIRONMENT, "HF_HOME": home}):
+        forkserver.ensure_running()
+    multiprocessing.util.Finalize(None, shutil.rmtree, args=(home, True), exitpriority=0)
+    return context
+
+
+def _become(words: Sequence[str], folder: Path, environment: dict[str, str], files: Sequence[Path]) -> None:
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = list(words)
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _code(ranks: Sequence[BaseProcess], words: Sequence[str], timeout: float) -> int:
+    """The exit code when all have ended: that of the first that failed, whereupon the others are killed."""
+    end, code = time.monotonic() + timeout, 0
+    running = {process.sentinel: process for process in ranks}
+    while running:
+        ended = connection.wait(list(running), timeout=end - time.monotonic())
+        processes = [running.pop(sentinel) for sentinel in ended]
+        for process in processes:
+            process.join()
+            code = code or process.exitcode
+        if code or not ended:
+            for process in running.values():
+                process.kill()
+                process.join()
+        if not ended:
+            raise subprocess.TimeoutExpired(words, timeout)
+    return code
 
 
 def run(main: Callable[[int, int], None]) -> None:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import BertForSequenceClassification
 from hf_prune.checkpoint import ARTIFACTS, MARKER, is_complete
 from hf_prune.errors import CheckpointError
 from tests.checkpoint.shrunk import shrunk
+from tests.processes import python
 
 
 def contents(directory):
@@ -27,14 +26,7 @@ def add_one_(model):
 
 
 def run(program, directory):
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(directory)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-c", textwrap.dedent(program), directory)
 
 
 @pytest.fixture

@@ -2,12 +2,8 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +19,7 @@ from hf_prune.recipe import Recipe
 from hf_prune.recipe.shipped import shipped_recipes
 from tests.cli.conftest import snapshot
 from tests.job import inputs
+from tests.processes import python
 
 
 FILES = {
@@ -243,27 +240,12 @@ def test_smoke_of_every_shipped_recipe(cli, name, tmp_path, monkeypatch):
 # Nothing is lost
 
 
-def start(folder, *arguments, program="", processes=1, **environment):
+def start(folder, *arguments, program="", processes=1, timeout=180, **environment):
     """`hf-prune run recipe.yaml` as a process of its own, after `program` has run in it."""
     code = f"{textwrap.dedent(program)}\nfrom hf_prune.cli.main import main\nmain()\n"
-    script = folder / "start.py"
-    script.write_text(code)
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), "run", "recipe.yaml", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process, timeout=180):
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
+    command = ("-c", code, "run", "recipe.yaml", *arguments)
+    done = python(*command, folder=folder, n_processes=processes, timeout=timeout, **environment)
+    return done.returncode, done.stdout, done.stderr
 
 
 KILLED = """
@@ -289,7 +271,7 @@ FULL = """
 def test_a_kill_while_saving_leaves_the_old_checkpoint(cli, folder):
     assert cli("run", "recipe.yaml", "training=null").code == 0
     before = snapshot(folder / "out")
-    code, _, err = finish(start(folder, "training=null", "seed=5", program=KILLED))
+    code, _, err = start(folder, "training=null", "seed=5", program=KILLED)
     assert code == -signal.SIGKILL, err
     assert snapshot(folder / "out") == before
     assert is_complete(folder / "out")
@@ -309,7 +291,7 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(cli, folder):
 def test_a_full_disk_leaves_the_old_checkpoint(cli, folder, limit):
     assert cli("run", "recipe.yaml", "training=null").code == 0
     before = snapshot(folder / "out")
-    code, out, err = finish(start(folder, "training=null", "seed=5", program=FULL.format(limit=limit)))
+    code, out, err = start(folder, "training=null", "seed=5", program=FULL.format(limit=limit))
     assert code == 2, err
     assert "hf-prune: saving to" in err and "What was there is as it was" in err and "Traceback" not in err
     assert out == ""
@@ -339,7 +321,7 @@ SAVING = ("training.save_strategy=steps", "training.save_steps=3")
 @pytest.mark.parametrize("sent", [pytest.param("SIGKILL", marks=pytest.mark.slow), "SIGINT"])
 def test_an_interrupted_run_resumes_to_the_result_of_the_uninterrupted_one(cli, folder, sent):
     assert cli("run", "recipe.yaml", *SAVING, "output.dir=whole").code == 0
-    code, _, err = finish(start(folder, *SAVING, program=INTERRUPTED.format(signal=sent)))
+    code, _, err = start(folder, *SAVING, program=INTERRUPTED.format(signal=sent))
     assert code == (-signal.SIGKILL if sent == "SIGKILL" else 130), err
     assert "Traceback" not in err
     assert not is_complete(folder / "out")
@@ -354,7 +336,7 @@ def test_an_interrupted_run_resumes_to_the_result_of_the_uninterrupted_one(cli, 
 
 @pytest.mark.slow
 def test_resuming_with_another_recipe_is_refused(cli, folder):
-    finish(start(folder, *SAVING, program=INTERRUPTED.format(signal="SIGKILL")))
+    start(folder, *SAVING, program=INTERRUPTED.format(signal="SIGKILL"))
     done = cli("run", "recipe.yaml", *SAVING, "training.resume_from_checkpoint=true", "prune.1.sparsity=0.3")
     assert done.code == 2
     assert "the checkpoint was made with another recipe" in done.err and "prune.1.sparsity" in done.err
@@ -363,7 +345,7 @@ def test_resuming_with_another_recipe_is_refused(cli, folder):
 @pytest.mark.slow
 def test_two_processes_save_one_model(folder):
     options = ("training.average_tokens_across_devices=false",)
-    code, out, err = finish(start(folder, *options, processes=2, ACCELERATE_USE_CPU="true"), timeout=400)
+    code, out, err = start(folder, *options, processes=2, ACCELERATE_USE_CPU="true", timeout=400)
     assert code == 0, err
     assert out.count("load it with") == 1
     assert {path.name for path in (folder / "out").iterdir()} == FILES
@@ -374,9 +356,7 @@ def test_two_processes_save_one_model(folder):
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once_by_two_processes(folder):
-    code, out, err = finish(
-        start(folder, "data.label_column=kind", processes=2, ACCELERATE_USE_CPU="true"), timeout=400
-    )
+    code, out, err = start(folder, "data.label_column=kind", processes=2, ACCELERATE_USE_CPU="true", timeout=400)
     assert code != 0
     assert err.count("the data have no column 'kind'") == 1
     assert out == "" and not (folder / "out").exists()

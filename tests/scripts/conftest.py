@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
+from tests.processes import ENVIRONMENT, ROOT, python
 
-ROOT = Path(__file__).parents[2]
+
 SCRIPTS = ROOT / "scripts"
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TRAINING = [
     "--report_to",
     "none",
@@ -62,20 +62,20 @@ def run(home) -> Callable[..., subprocess.CompletedProcess[str]]:
     def launch(
         script: str, *arguments: object, n_processes: int = 1, fails: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-        ours = {
-            "PYTHONPATH": str(ROOT),
-            "HF_HOME": str(home),
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-        if n_processes > 1:
-            command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-        done = subprocess.run(
-            command, env={**inherited, **ours, **environment}, capture_output=True, text=True, check=False, timeout=900
-        )
+        command = [str(SCRIPTS / script), *map(str, arguments)]
+        if n_processes == 1 and not environment:
+            done = python(*command, timeout=900)
+        else:  # as torchrun starts them, and with what libraries read when they are imported
+            if n_processes > 1:
+                command[:0] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+            done = subprocess.run(
+                [sys.executable, *command],
+                env={**os.environ, **ENVIRONMENT, "HF_HOME": str(home), **environment},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=900,
+            )
         assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
         return done
 
