@@ -159,7 +159,9 @@ def test_generate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "targets", [("ffn_neurons", "attention_heads", "layers"), ("layers.attention",)], ids="+".join
+    "targets",
+    [("ffn_neurons", "attention_heads", "layers"), pytest.param(("layers.attention",), marks=pytest.mark.slow)],
+    ids="+".join,
 )
 def test_loads_without_hf_prune(targets, tmp_path):
     """The checkpoint's own modelling file, in a process that can't import this package; without that file not at all."""

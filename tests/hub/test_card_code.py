@@ -20,7 +20,11 @@ REPO = "ada/small"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "name", "needs"), [(UNEVEN, "bert", ["hf_prune", "remote code"]), (STOCK, "llama", ["nothing"])]
+    ("recipe", "name", "needs"),
+    [
+        (UNEVEN, "bert", ["hf_prune", "remote code"]),
+        pytest.param(STOCK, "llama", ["nothing"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_snippets_of_the_card_load_what_was_pushed(hub, tmp_path, recipe, name, needs):
     model = pruned(recipe, name)

@@ -134,7 +134,7 @@ def test_a_token_read_from_a_file_with_its_line_end_is_taken(hub, api, tmp_path,
     assert hf_prune.Recipe.from_pretrained(REPO, token=f"{hub.token}\n").name == "uneven"
 
 
-@pytest.mark.parametrize("token", [None, WRONG])
+@pytest.mark.parametrize("token", [None, pytest.param(WRONG, marks=pytest.mark.slow)])
 def test_the_command_is_silent_about_it_where_it_says_all_else(hub, tmp_path, token):
     pruned().save_pretrained(tmp_path / "model")
     talkative = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": "debug"}

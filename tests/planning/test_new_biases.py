@@ -66,7 +66,7 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("target", STOCK)
+@pytest.mark.parametrize("target", ["ffn_neurons", pytest.param("attention_heads", marks=pytest.mark.slow)])
 def test_what_the_stock_config_can_say_is_a_stock_checkpoint(target, tmp_path):
     model = zoo.build("llama")
     batches = batches_of(model, 5)
