@@ -7,13 +7,15 @@ switch xet off. The endpoint is read when `huggingface_hub` is imported, hence t
         HfApi(endpoint=hub.url, token=hub.token).create_repo("ada/model")      # this process: pass the endpoint
         subprocess.run([...], env={**os.environ, **hub.env(tmp_path)})         # another process: its environment
 
-The fixture `hub` of `tests/hub/conftest.py` does the first and also points the client's constants here.
+The fixture `hub` of `tests/hub/conftest.py` does the first and also points the client's constants here, as
+`tests.processes.python` does in processes that it forks.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -84,6 +86,24 @@ class HubServer:
             "TRANSFORMERS_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
+        }
+
+    @staticmethod
+    def constants(environment: Mapping[str, str]) -> dict[str, object]:
+        """By name, what libraries made of these variables when they were imported: for a process in which they are already."""
+        url = environment["HF_ENDPOINT"]
+        return {
+            "huggingface_hub.constants.ENDPOINT": url,
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+            "huggingface_hub.constants.HF_HUB_CACHE": environment["HF_HUB_CACHE"],
+            "huggingface_hub.constants.HF_TOKEN_PATH": environment["HF_HOME"] + "/token",
+            "huggingface_hub.constants.HF_HUB_DISABLE_XET": True,
+            "huggingface_hub.constants.HF_HUB_OFFLINE": False,
+            # the module-level functions are methods of this one instance
+            "huggingface_hub.hf_api.api.endpoint": url,
+            # Transformers keeps a client of its own from its first call on
+            "transformers.utils.hub._hf_api": None,
+            "transformers.dynamic_module_utils.HF_MODULES_CACHE": environment["HF_HOME"] + "/modules",
         }
 
     def fail(self, method: str, pattern: str, status: int = 500, message: str = "injected", times: int = 1) -> None:

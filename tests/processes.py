@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import shutil
 import socket
@@ -27,9 +28,12 @@ from unittest import mock
 import torch
 from accelerate import PartialState
 
+from tests.hub_server import HubServer
+
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ["hf_prune.cli.main", "hf_prune.job.run", "hf_prune.training.trainer", "evaluate", "tests.zoo"]
+# not hf_prune, so that a program may find out what there is without it
+IMPORTED = ["transformers.trainer", "transformers.models.auto.modeling_auto", "datasets", "evaluate", "accelerate"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
@@ -58,8 +62,8 @@ def python(
     """What `python COMMAND` does in a folder, or torchrun in several processes, which end when one of them fails.
 
     Args:
-        command: a file or "-c" and code, and the arguments.
-        environment: what differs from the one at hand; libraries that read theirs when they are imported don't see it.
+        command: a file, "-m" and a module or "-c" and code, and the arguments.
+        environment: what differs from the one at hand. Of what libraries read when they are imported they see the Hub alone.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment = {**inherited, **ENVIRONMENT, **environment}
@@ -97,10 +101,17 @@ def _become(words: Sequence[str], folder: Path, environment: dict[str, str], fil
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
+    if "HF_ENDPOINT" in environment:
+        for name, constant in HubServer.constants(environment).items():
+            owner, _, own = name.rpartition(".")
+            setattr(pkgutil.resolve_name(owner), own, constant)
     os.chdir(folder)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = list(words[1:])
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(words)
         sys.path.insert(0, str(Path(words[0]).parent))

@@ -39,8 +39,11 @@ def find_sites(names: ModuleNames) -> Iterator[Site | Refusal]:
 
 def matching(names: ModuleNames, name: str) -> FeedForwardLayout | None:
     """The layout of the feed-forward `name`, if it is one by names and widths: d_model -> d_ff -> d_model."""
-    for layout in feed_forward_layouts() if names.modules[name]._modules else ():
-        if all(_is_projection(names.get(name, part), layout.convolved) for part in layout.parts):
+    children = names.modules[name]._modules.keys()
+    for layout in feed_forward_layouts() if children else ():
+        if layout.children <= children and all(
+            _is_projection(names.get(name, part), layout.convolved) for part in layout.parts
+        ):
             *inputs, output = (names.modules[names.resolve(name, part)] for part in layout.parts)
             widths = {d_out(module) for module in inputs}
             d_ff = d_in(output)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Literal
 
@@ -63,7 +64,7 @@ class AttentionLayout:
         return (*(part for part in inputs if part), *self.latent, self.output)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FeedForwardLayout:
     """Names of a feed-forward's projections. An input twice as wide as the output reads holds gate and up, one after the other.
 
@@ -81,8 +82,13 @@ class FeedForwardLayout:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The children that must be there for the layout to match."""
+        """The modules that must be there for the layout to match."""
         return (*self.inputs, self.output)
+
+    @cached_property
+    def children(self) -> frozenset[str]:
+        """The children in which they are, of those below the feed-forward: quick to look for."""
+        return frozenset(part.partition(".")[0] for part in self.parts if not part.startswith("../"))
 
 
 # Separate projections. Each set of names goes with any of the outputs; one inside the module comes first.

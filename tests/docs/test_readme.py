@@ -19,6 +19,7 @@ from hf_prune.recipe.mistakes import LATER
 from tests import zoo
 from tests.docs.pages import PAGES, README, ROOT, blocks, sections
 from tests.hub_server import HubServer
+from tests.processes import python
 from tests.training.data import Tokens
 
 
@@ -99,14 +100,8 @@ def test_commands(command, stage, cli, monkeypatch):
         stage.save_pruned("outputs/quickstart")
     if arguments[0] == "push":
         with HubServer() as server:  # which only a process of its own takes for the Hub
-            done = subprocess.run(
-                [sys.executable, "-m", "hf_prune", *(argument.replace("you/", "ada/") for argument in arguments)],
-                cwd=stage.directory,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **server.env(stage.directory / "home")},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            words = [argument.replace("you/", "ada/") for argument in arguments]
+            done = python("-m", "hf_prune", *words, folder=stage.directory, **server.env(stage.directory / "home"))
         code, out, err = done.returncode, done.stdout, done.stderr
     else:
         done = cli(*arguments)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import hf_prune
 from tests import zoo
 from tests.hub_server import HubServer
+from tests.processes import python
 
 
 UNEVEN = {
@@ -65,9 +63,6 @@ def logits_without_hf_prune(repo_id: str, hub: HubServer, home: Path, auto: str,
         """
     )
     home.mkdir()
-    environment = {**os.environ, **hub.env(home), "HF_MODULES_CACHE": str(home / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, cwd=home
-    )
+    done = python("-c", program, folder=home, **hub.env(home))
     assert done.returncode == 0, done.stderr
     return torch.load(home / "logits.pt")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -14,17 +11,14 @@ from huggingface_hub import ModelCard
 
 from hf_prune.hub.push import push_folder
 from tests.hub.pruned import STOCK, UNEVEN, logits, pruned
+from tests.processes import python
 
 
 REPO = "ada/small"
 
 
 @pytest.mark.parametrize(
-    ("recipe", "name", "needs"),
-    [
-        (UNEVEN, "bert", ["hf_prune", "remote code"]),
-        pytest.param(STOCK, "llama", ["nothing"], marks=pytest.mark.slow),
-    ],
+    ("recipe", "name", "needs"), [(UNEVEN, "bert", ["hf_prune", "remote code"]), (STOCK, "llama", ["nothing"])]
 )
 def test_the_snippets_of_the_card_load_what_was_pushed(hub, tmp_path, recipe, name, needs):
     model = pruned(recipe, name)
@@ -45,13 +39,6 @@ def test_the_snippets_of_the_card_load_what_was_pushed(hub, tmp_path, recipe, na
                 found = model.eval()(input_ids=torch.arange(3, 15).reshape(2, 6)).logits
             torch.save(found, {str(home / "logits.pt")!r})
         """
-        done = subprocess.run(
-            [sys.executable, "-c", "\n".join([before, snippet, textwrap.dedent(after)])],
-            env={**os.environ, **hub.env(home), "HF_MODULES_CACHE": str(home / "modules")},
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = python("-c", "\n".join([before, snippet, textwrap.dedent(after)]), folder=home, **hub.env(home))
         assert done.returncode == 0, done.stderr
         assert torch.equal(torch.load(home / "logits.pt"), logits(model))

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from hf_prune.plan import PruningPlan
 from hf_prune.structure import inspect_model
 from tests import zoo
 from tests.planning.test_repair import batches_of, distances, outputs, recipe, step
+from tests.processes import python
 
 
 ADD = {"name": "bias", "add": True}
@@ -66,7 +64,7 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("target", ["ffn_neurons", pytest.param("attention_heads", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", STOCK)
 def test_what_the_stock_config_can_say_is_a_stock_checkpoint(target, tmp_path):
     model = zoo.build("llama")
     batches = batches_of(model, 5)
@@ -87,10 +85,7 @@ model, info = LlamaForCausalLM.from_pretrained({str(tmp_path)!r}, output_loading
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
 torch.save(model.state_dict(), {str(tmp_path / "state.pt")!r})
 """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
+    done = python("-c", program)
     assert done.returncode == 0, done.stderr
     stock = LlamaForCausalLM(type(model.config).from_pretrained(tmp_path)).eval()
     stock.load_state_dict(torch.load(tmp_path / "state.pt"))

@@ -49,33 +49,26 @@ def package(name: str, inside: str) -> Path:
     return Path(spec.submodule_search_locations[0], inside)
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    """Caches of Hub, data sets and metrics."""
-    return tmp_path_factory.mktemp("home")
-
-
 @pytest.fixture
-def run(home) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a script in a process of its own, or in several, and gives back how it ended."""
 
     def launch(
         script: str, *arguments: object, n_processes: int = 1, fails: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         command = [str(SCRIPTS / script), *map(str, arguments)]
-        if n_processes == 1 and not environment:
-            done = python(*command, timeout=900)
-        else:  # as torchrun starts them, and with what libraries read when they are imported
-            if n_processes > 1:
-                command[:0] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+        if n_processes > 1:  # as torchrun starts them, no stand-in
+            command[:0] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
             done = subprocess.run(
                 [sys.executable, *command],
-                env={**os.environ, **ENVIRONMENT, "HF_HOME": str(home), **environment},
+                env={**os.environ, **ENVIRONMENT, **environment},
                 capture_output=True,
                 text=True,
                 check=False,
                 timeout=900,
             )
+        else:
+            done = python(*command, timeout=900, **environment)
         assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
         return done
 
