@@ -65,7 +65,7 @@ def remove_masked_(
     for key, keep in removed.items():
         site = structure[key]
         if site.target != "layers" and not is_inside(site, gone):
-            _narrow(model, site, keep, weights)
+            narrow_(model, site, keep, weights)
             record.kept_units[key] = int(keep.sum())
     _count_experts(model, structure, masks)
     clear_masks(model)
@@ -99,7 +99,7 @@ def kept_index(piece: TensorSlice, keep: Tensor, size: int) -> Tensor:
     return torch.nonzero(stays).reshape(-1)
 
 
-def _narrow(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tensor]) -> None:
+def narrow_(model: nn.Module, site: Site, keep: Tensor, weights: dict[str, Tensor]) -> None:
     """Slice every tensor of the site to its kept units, along with the masks of its single weights."""
     n_kept = int(keep.sum())
     for piece in site.slices:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -48,7 +49,7 @@ def reconstruct_(
     names: Sequence[str],
     whole: WholeBatches,
     how: Reconstruction,
-    masked: Sequence[tuple[MaskedTensor, Tensor]],
+    narrowed: AbstractContextManager[Sequence[tuple[MaskedTensor, Tensor]]],
     seed: int,
 ) -> None:
     """Train `block` in place, in steps of tokens from all of the data where what learns is one module that allows it, else batch by
@@ -59,22 +60,37 @@ def reconstruct_(
         names: of its parameters that learn.
         whole: the data, for the whole block.
         how: epochs and learning rate.
-        masked: what stays zero, with its parameters.
+        narrowed: in which the block is without what it can do without; gives what else stays zero, with its parameters.
         seed: of a private random state, for the order.
     """
+    # with the zeros that leave
+    lengths = [
+        how.learning_rate * float(at_least_float32(block.get_parameter(name)).square().mean().sqrt()) for name in names
+    ]
+    with narrowed as masked:
+        _descend_(block, names, whole, how.epochs, lengths, masked, torch.Generator().manual_seed(seed))
+
+
+def _descend_(
+    block: nn.Module,
+    names: Sequence[str],
+    whole: WholeBatches,
+    epochs: int,
+    lengths: Sequence[float],
+    masked: Sequence[tuple[MaskedTensor, Tensor]],
+    generator: torch.Generator,
+) -> None:
     block.requires_grad_(False)
     minibatches = SingleTokens.of(whole, _innermost(names)) or whole
     parameters = [block.get_parameter(name).requires_grad_() for name in names]
     # a step in bfloat16 would mostly be rounded away
     masters = [at_least_float32(parameter.detach()) for parameter in parameters]
-    lengths = [how.learning_rate * float(master.square().mean().sqrt()) for master in masters]
     groups = [{"params": [master], "lr": length} for master, length in zip(masters, lengths, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
     gradients = [torch.zeros_like(master) for master in masters]
     for master, gradient in zip(masters, gradients, strict=True):
         master.grad = gradient
-    generator = torch.Generator().manual_seed(seed)
-    steps = [step for _ in range(how.epochs) for step in minibatches.epoch(generator)]
+    steps = [step for _ in range(epochs) for step in minibatches.epoch(generator)]
     for n_done, step in enumerate(steps):
         for gradient in gradients:
             gradient.zero_()

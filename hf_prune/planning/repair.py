@@ -34,7 +34,7 @@ from hf_prune.plan import KeepMasks
 from hf_prune.planning.minibatches import WholeBatches, mean_error
 from hf_prune.planning.projection import refit_projection_
 from hf_prune.planning.reconstruct import Reconstruction, learning_parameters, reconstruct_
-from hf_prune.planning.scratch import Linear, masked_copy, masked_within, require_in_stacks, wanted_of
+from hf_prune.planning.scratch import Linear, masked_copy, masked_within, narrowed, require_in_stacks, wanted_of
 from hf_prune.recipe.fields import Compensation
 from hf_prune.structure import ModelStructure, WeightSite, stacks_of
 
@@ -304,7 +304,8 @@ class _StackRepair:
         if before < ROUNDING or not names:
             return
         whole = WholeBatches(scratch, start, position, wanted, self.order)
-        reconstruct_(scratch, names, whole, how, masked, self.seed + position)
+        narrow = narrowed(scratch, self.structure, self.masks, block)
+        reconstruct_(scratch, names, whole, how, narrow, self.seed + position)
         start.run_(position, scratch)
         after = mean_error(start, wanted)
         give_back()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.apply.masks import MaskedTensor, choose_kept_, masked_entries
 from hf_prune.apply.replace import replace_
+from hf_prune.apply.shrink import kept_index, narrow_
 from hf_prune.calibration.blocks import Chain, Place, scratch_copy
 from hf_prune.calibration.residual import Junction
+from hf_prune.checkpoint.modeling_hf_prune import set_sizes
 from hf_prune.errors import RecipeError
 from hf_prune.plan import KeepMasks
-from hf_prune.structure import ModelStructure
-from hf_prune.structure.naming import weight_of
+from hf_prune.structure import ModelStructure, Site
+from hf_prune.structure.naming import is_linear, weight_of
+from hf_prune.structure.sites import TensorSlice
 
 
 @torch.no_grad()
@@ -46,6 +50,64 @@ def masked_within(
         for entry in masked_entries(structure, KeepMasks(masks.units, inside))
         if entry.name.startswith(f"{block}.")
     ]
+
+
+@contextmanager
+def narrowed(
+    scratch: nn.Module, structure: ModelStructure, masks: KeepMasks, block: str
+) -> Iterator[list[tuple[MaskedTensor, Tensor]]]:
+    """Let `scratch`, a `masked_copy`, hold only the neurons that stay, where they are slices of linear layers: nothing is computed
+    for the others. At the end it has all of them again, those that left as zeros. The caller has gradients disabled.
+
+    Yields:
+        What else is masked, each with its parameter.
+    """
+    prefix = f"{block}."
+    units = dict(masks.units)
+    tensors: list[tuple[nn.Module, TensorSlice, nn.Parameter, Tensor]] = []
+    numbers: list[tuple[nn.Module, str, int]] = []
+    for site in structure.of("ffn_neurons"):
+        keep = masks.units.get(site.key)
+        if keep is None or keep.all() or not _is_narrowable(site, scratch, masks, prefix):
+            continue
+        del units[site.key]
+        own = _inside(site, prefix)
+        for piece in own.slices:
+            module = scratch.get_submodule(piece.module)
+            parameter = module.get_parameter(piece.tensor)
+            index = kept_index(piece, keep, parameter.shape[piece.dim]).to(parameter.device)
+            tensors.append((module, piece, parameter, index))
+        for attribute in own.attributes:
+            module = scratch.get_submodule(attribute.module)
+            numbers.append((module, attribute.name, getattr(module, attribute.name)))
+        narrow_(scratch, own, keep, {})
+    yield masked_within(scratch, structure, KeepMasks(units, masks.weights), block)
+    for module, piece, parameter, index in reversed(tensors):
+        parameter.detach().index_copy_(piece.dim, index, module.get_parameter(piece.tensor).detach())
+        setattr(module, piece.tensor, parameter)
+        set_sizes(module)
+    for module, name, number in numbers:
+        setattr(module, name, number)
+
+
+def _is_narrowable(site: Site, scratch: nn.Module, masks: KeepMasks, prefix: str) -> bool:
+    """Whether the site's neurons are slices of linear layers of `scratch` and nothing else."""
+    pieces = [piece for piece in site.slices if piece.module.startswith(prefix)]
+    return (
+        len(pieces) == len(site.slices)
+        and not (site.norms or site.buffers or site.holder)
+        and not any(attribute.of_config for attribute in site.attributes)
+        and not any(piece.name in masks.weights for piece in pieces)
+        and len({piece.name for piece in pieces}) == len(pieces)
+        and all(is_linear(scratch.get_submodule(piece.module[len(prefix) :])) for piece in pieces)
+    )
+
+
+def _inside(site: Site, prefix: str) -> Site:
+    """The site with names as they are in a copy of the block."""
+    slices = (replace(each, module=each.module[len(prefix) :]) for each in site.slices)
+    attributes = (replace(each, module=each.module[len(prefix) :]) for each in site.attributes)
+    return replace(site, slices=tuple(slices), attributes=tuple(attributes))
 
 
 def require_in_stacks(modules: Iterable[str], stacks: Mapping[str, Sequence[str]], who: str) -> None:
