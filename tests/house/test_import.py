@@ -34,3 +34,12 @@ def test_a_recipe_is_checked_without_torch(module):
     new = imported(f"import sys, json\nbefore = set()\nimport {module}")
     assert "torch" not in new
     assert module in new
+
+
+def test_recipes_are_listed_without_torch():
+    listing = (
+        "sys.argv = ['hf-prune', 'recipes']\nfrom hf_prune.cli.main import main\ntry: main()\nexcept SystemExit: pass"
+    )
+    new = imported(f"import sys, json\nbefore = set()\n{listing}")
+    assert "torch" not in new
+    assert "hf_prune.recipe.shipped" in new
