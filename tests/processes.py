@@ -6,6 +6,7 @@ is tested here, and what a shell, torchrun and a clean interpreter make of it wh
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pkgutil
@@ -41,6 +42,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+AT_FIRST = dict(os.environ)  # before a test changes it
 
 
 def launch(program: Path, *arguments: object, n_processes: int = 1, timeout: float = 300) -> None:
@@ -86,13 +88,13 @@ def python(
 
 @cache
 def _warm() -> ForkServerContext:
-    """The interpreter that is forked, started with an environment that no test has changed, and with empty caches of its own."""
+    """The interpreter that is forked, with empty caches of its own."""
     home = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    with mock.patch.dict(os.environ, {**ENVIRONMENT, "HF_HOME": home}):
+    with mock.patch.dict(os.environ, {**AT_FIRST, **ENVIRONMENT, "HF_HOME": home}, clear=True):
         forkserver.ensure_running()
-    multiprocessing.util.Finalize(None, shutil.rmtree, args=(home, True), exitpriority=0)
     return context
 
 
