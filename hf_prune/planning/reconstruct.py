@@ -63,7 +63,7 @@ def reconstruct_(
         narrowed: in which the block is without what it can do without; gives what else stays zero, with its parameters.
         seed: of a private random state, for the order.
     """
-    # with the zeros that leave
+    # of whole parameters, with the zeros that leave
     lengths = [
         how.learning_rate * float(at_least_float32(block.get_parameter(name)).square().mean().sqrt()) for name in names
     ]
