@@ -23,7 +23,7 @@ from hf_prune.calibration.walk import Walk
 from hf_prune.planning.scratch import wanted_of
 
 
-STEP_TOKENS = 256
+STEP_TOKENS = 1024
 LEAST_SIZE = 1e-6  # of a token's |s|², in the mean's: a state of zeros would weigh without end
 
 Share = list[tuple[int, Tensor]]  # by batch of this process, which of its tokens

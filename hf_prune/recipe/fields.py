@@ -73,7 +73,7 @@ class Compensation(Section):
     name: str = "none"
     add: bool = False
     epochs: int = 2
-    learning_rate: float = 0.025
+    learning_rate: float = 0.03
 
 
 class Pattern(Section):
