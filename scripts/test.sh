@@ -12,9 +12,9 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false OMP_NU
 
 if [[ "${1:-}" == "--full" ]]; then
     shift
-    "$python" -m pytest -q -n 2 --dist loadgroup "$@"
+    "$python" -m pytest -q -n 2 --dist loadfile "$@"
     # once more on the oldest versions below us, but for the wheel and the pages, which don't depend on them
     make_oldest_environment
-    exec .venv-oldest/bin/python -m pytest -q -n 2 --dist loadgroup -m "not slow" --ignore tests/house --ignore tests/docs
+    exec .venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" --ignore tests/house --ignore tests/docs
 fi
-exec "$python" -m pytest -q -n 2 --dist loadgroup -m "not slow" "$@"
+exec "$python" -m pytest -q -n 2 --dist loadfile -m "not slow" "$@"

@@ -24,9 +24,6 @@ socket.socket.connect = socket.socket.connect_ex = connect
 """
 
 
-pytestmark = pytest.mark.xdist_group("site")
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")

@@ -11,7 +11,6 @@ from tests.planning.program import RECIPES
 from tests.processes import launch
 
 
-pytestmark = pytest.mark.xdist_group("two processes plan")
 PROGRAM = Path(__file__).with_name("program.py")
 
 

@@ -10,7 +10,6 @@ from tests.processes import launch
 from tests.sensitivity.program import STEPS
 
 
-pytestmark = pytest.mark.xdist_group("two processes look")
 PROGRAM = Path(__file__).with_name("program.py")
 
 

@@ -11,9 +11,6 @@ from hf_prune.checkpoint import is_complete
 from tests.processes import launch
 
 
-pytestmark = pytest.mark.xdist_group("two processes train")
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The directory in which one process, and two, have written what each came to."""
