@@ -79,8 +79,7 @@ def python(
             values = (rank, n_processes, rank, n_processes, "127.0.0.1", port)
             of_rank = dict(zip(TORCHRUN, map(str, values), strict=True)) if n_processes > 1 else {}
             ranks.append(_warm().Process(target=_become, args=(words, folder, {**environment, **of_rank}, files)))
-        for process in ranks:
-            process.start()
+            ranks[-1].start()
         code = _code(ranks, words, timeout)
         out, err = (file.read_text(encoding="utf-8", errors="replace") for file in files)
     return subprocess.CompletedProcess(words, code, out, err)

@@ -22,9 +22,15 @@ BLOCKS = {
 RECONSTRUCT = {"name": "reconstruct", "epochs": 2, "learning_rate": 0.002}
 
 
-def of(name, **options):
+def sizes(block):
+    """What modules say of their own widths."""
+    numbers = ("in_features", "nf", "nx", "intermediate_size")
+    return [vars(module).get(number) for module in block.modules() for number in numbers]
+
+
+def of(name):
     """A model, its structure, its masks and the name of a block."""
-    model = zoo.build(name, torch.float64, **options)
+    model = zoo.build(name, torch.float64)
     names = dict(model.named_modules())
     block = next(each for each in names if each.endswith(BLOCKS[name]))
     plan = hf_prune.make_plan(model, recipe(step("ffn_neurons", "none", 0.5), step("attention_heads", "none", 0.5)))
@@ -37,11 +43,7 @@ def test_what_is_kept_is_slices_of_its_weights_and_goes_back_to_its_places(name)
     model, structure, masks, block = of(name)
     copied = masked_copy(model, structure, masks, block, {})
     before = {key: tensor.clone() for key, tensor in copied.state_dict().items()}
-    sizes = [
-        vars(module).get(own)
-        for module in copied.modules()
-        for own in ("in_features", "nf", "nx", "intermediate_size")
-    ]
+    said = sizes(copied)
     (site,) = [site for site in structure.of("ffn_neurons") if site.name.startswith(block)]
     keep = masks.units[site.key]
     neurons = {piece.name.removeprefix(f"{block}.") for piece in site.slices}
@@ -62,11 +64,7 @@ def test_what_is_kept_is_slices_of_its_weights_and_goes_back_to_its_places(name)
             tensor = tensor + 1
             entries[key].zero_(tensor)
         assert torch.equal(after[key], tensor), key
-    assert sizes == [
-        vars(module).get(own)
-        for module in copied.modules()
-        for own in ("in_features", "nf", "nx", "intermediate_size")
-    ]
+    assert sizes(copied) == said
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -49,8 +49,14 @@ def package(name: str, inside: str) -> Path:
     return Path(spec.submodule_search_locations[0], inside)
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """Caches of Hub, data sets and metrics."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(home) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a script in a process of its own, or in several, and gives back how it ended."""
 
     def launch(
@@ -61,7 +67,7 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
             command[:0] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
             done = subprocess.run(
                 [sys.executable, *command],
-                env={**os.environ, **ENVIRONMENT, **environment},
+                env={**os.environ, **ENVIRONMENT, "HF_HOME": str(home), **environment},
                 capture_output=True,
                 text=True,
                 check=False,
