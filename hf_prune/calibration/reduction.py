@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from hf_prune.errors import CalibrationError, PruneError
+
+
+T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -30,11 +33,20 @@ def raise_together(error: CalibrationError | None) -> None:
         if error is not None:
             raise error
         return
-    messages: list[str | None] = [None] * world
-    dist.all_gather_object(messages, None if error is None else str(error))
+    messages = from_all_processes(None if error is None else str(error))
     first = next((message for message in messages if message is not None), None)
     if first is not None:
         raise error if error is not None and messages[rank] == first else CalibrationError(first)
+
+
+def from_all_processes(own: T) -> list[T]:
+    """What each process has, by rank, on all of them."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [own]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, own)
+    return found
 
 
 def as_first_rank(find: Callable[[], Any]) -> Any:

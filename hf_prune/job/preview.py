@@ -80,11 +80,12 @@ def smoke(recipe: Recipe, stages: Stages) -> PruningReport:
     with tempfile.TemporaryDirectory(prefix="hf_prune-smoke-") as scratch:
         prepared = _made_up(recipe, task)
         batch_size = min(recipe.calibration.batch_size, 8)
+        n_written = min(recipe.calibration.self_generated, 8)
         small: dict[str, Any] = {
             "model": {"name_or_path": scratch, "task": task},
             "data": {"name_or_path": scratch},
             "output": {"dir": scratch},
-            "calibration": {"samples": 8, "length": _LENGTH, "batch_size": batch_size},
+            "calibration": {"samples": 8, "length": _LENGTH, "batch_size": batch_size, "self_generated": n_written},
         }
         if smoke_trains(recipe):
             small["training"] = {"max_steps": _N_STEPS, "per_device_train_batch_size": 4}

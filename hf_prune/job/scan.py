@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
+from hf_prune.calibration.self_generated import self_generated
 from hf_prune.criteria import get as get_criterion
 from hf_prune.criteria.base import Criterion
 from hf_prune.errors import RecipeError
@@ -103,7 +104,9 @@ def run_scan(
             raise RecipeError(
                 f"{error}. (The scan trains nothing: give a trained model, such as `hf-prune run` saves.)"
             ) from error
+        asked = recipe.calibration
         batches = calibration_batches(recipe, task)
+        batches += self_generated(model, asked.self_generated, asked.length, asked.batch_size, recipe.seed)
     with stages.stage("scan") as bar:
         return scan(
             model,

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from hf_prune.apply.masks import masks_of
 from hf_prune.calibration.batches import shortfall
 from hf_prune.calibration.memory import give_back
+from hf_prune.calibration.self_generated import self_generated
 from hf_prune.errors import CalibrationError
 from hf_prune.plan import KeepMasks, PruningPlan, made_for
 from hf_prune.planning.repair import Wanted, repair
-from hf_prune.planning.step import StepPlanner, refuse_without_training
+from hf_prune.planning.step import StepPlanner, reads_data, refuse_without_training
 from hf_prune.recipe import Recipe
 from hf_prune.structure import ModelStructure, inspect_model
 
@@ -56,7 +57,12 @@ def make_plan(
         refuse_without_training(recipe)
     structure = inspect_model(model)
     progresses = list(progress) if isinstance(progress, Sequence) else [progress] * len(recipe.prune)
-    batches = list(calibration) if calibration is not None else None
+    asked, given = recipe.calibration, list(calibration) if calibration is not None else None
+    looks = any(reads_data(step) for step, reached in zip(recipe.prune, progresses, strict=True) if reached > 0)
+    batches = given
+    if looks and asked.self_generated:
+        written = self_generated(model, asked.self_generated, asked.length, asked.batch_size, recipe.seed)
+        batches = [*(given or []), *written]
     plan = PruningPlan(
         steps=[],
         base=previous.base if previous else masks_of(model),
@@ -66,7 +72,6 @@ def make_plan(
         n_near_ties=previous.n_near_ties if previous else 0,  # the cut of an earlier update may have fallen otherwise
     )
     repairs = _Repairs(model, structure, plan, batches, recipe)
-    reads_data = False
     for number, (step, reached) in enumerate(zip(recipe.prune, progresses, strict=True)):
         before = previous.steps[number] if previous else KeepMasks()
         if reached <= 0:
@@ -74,17 +79,15 @@ def make_plan(
             continue
         earlier = previous.masks if previous else KeepMasks()
         planner = StepPlanner(model, structure, recipe, step, batches, plan.masks, earlier, movement)
-        reads_data |= planner.reads_data or step.compensation.name != "none"
         if planner.updates_weights:
             repairs.make()  # what is repaired is then pruned further, not the other way round
         plan.steps.append(planner.choose(before, reached, plan))
         give_back()
         repairs.ask_for(step, plan.steps[-1])
     repairs.make()
-    if reads_data and batches:
-        asked = recipe.calibration
+    if looks and given:
         wanted = {name: getattr(asked, name) for name in ("samples", "length") if name in asked.model_fields_set}
-        plan.notes += shortfall(batches, wanted.get("samples"), wanted.get("length"))
+        plan.notes += shortfall(given, wanted.get("samples"), wanted.get("length"))
     for name, tensor in plan.replacements.items():
         if not torch.isfinite(tensor).all():
             raise CalibrationError(

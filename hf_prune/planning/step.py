@@ -55,6 +55,14 @@ def scores_training(step: Any) -> bool:
     return criterion is not None and bool(criterion.needs(step.target) & NEEDS_OF_TRAINING)
 
 
+def reads_data(step: Any) -> bool:
+    """Whether a step's criterion, allocation or compensation looks at calibration data."""
+    criterion, allocation = criterion_of(step, seed=0), get_allocation(step)
+    measures = isinstance(criterion, (PrunesMatrices, RanksUnits, RemovesUnits))
+    looks = any(each.needs(step.target) for each in (criterion, allocation) if each)
+    return measures or looks or step.compensation.name != "none"
+
+
 def refuse_without_training(recipe: Recipe) -> None:
     """Raise where a criterion scores training and there is none.
 
@@ -95,12 +103,6 @@ class StepPlanner:
     def updates_weights(self) -> bool:
         """Whether the criterion goes block by block, and gives the weights that stay new values."""
         return isinstance(self.criterion, (PrunesMatrices, RemovesUnits))
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether the criterion or the allocation looks at calibration data."""
-        measures = isinstance(self.criterion, (PrunesMatrices, RanksUnits, RemovesUnits))
-        return measures or any(each.needs(self.step.target) for each in (self.criterion, self.allocation) if each)
 
     def choose(self, before: KeepMasks, progress: float, plan: PruningPlan) -> KeepMasks:
         """What the step keeps after this update; notes, near-ties and new values go into `plan`."""

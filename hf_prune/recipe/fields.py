@@ -355,6 +355,7 @@ _CRITERIA = {
 
 
 Count = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+CountFromZero = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 VersionField = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})]
 SparsityField = _one_of(
     parse_sparsity,

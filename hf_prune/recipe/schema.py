@@ -13,6 +13,7 @@ from hf_prune.recipe.fields import (
     Compensation,
     CompensationField,
     Count,
+    CountFromZero,
     Criterion,
     CriterionField,
     FloorField,
@@ -114,9 +115,13 @@ class Calibration(Section):
         128, description="how many; in the trainer the first of `calibration_dataset`, else of the training set"
     )
     length: Count = Field(
-        512, description="tokens at which `{macs: …}` is counted; it cuts no sample (`data.max_length` does)"
+        512,
+        description="tokens at which `{macs: …}` is counted, and of self-generated samples; it cuts no sample (`data.max_length` does)",
     )
     batch_size: Count = Field(8, description="how many at a time; results don't depend on it, memory does")
+    self_generated: CountFromZero = Field(
+        0, description="so many more, of `length` tokens, that a causal language model writes itself"
+    )
     offload: Literal["none", "disk"] = Field(
         "none",
         description="where repair and sparsegpt keep what passes between blocks: in memory, or in a temporary folder",

@@ -29,6 +29,7 @@ RECIPES = {
     "least_squares": ([{**NEURONS, **REPAIR}, {"target": "attention_heads", "sparsity": 0.5, **REPAIR}], 5),
     "least_squares-one": ([{**NEURONS, **REPAIR}], 1),
     "least_squares-new-biases": ([{**NEURONS, "compensation": {"name": "least_squares", "add": True}}], 5),
+    "least_squares-self_generated": ([{**NEURONS, "criterion": "activation", **REPAIR}], 5),
     "reconstruct": ([{**NEURONS, "compensation": {"name": "reconstruct", "epochs": 2, "learning_rate": 0.002}}], 5),
     "reconstruct-one": ([{**NEURONS, "compensation": {"name": "reconstruct", "learning_rate": 0.002}}], 1),
     "linear": ([{**LAYERS, "compensation": "linear"}], 5),
@@ -48,6 +49,7 @@ RECIPES = {
     "angular-one": ([{"target": "layers", "sparsity": 0.67, "criterion": "angular"}], 1),
     "combined": ([{**NEURONS, "criterion": {"name": "combined", "of": {"activation": 0.7, "taylor": 0.3}}}], 5),
 }
+CALIBRATION = {"least_squares-self_generated": {"self_generated": 20, "length": 12}}
 MODELS = {"sparsegpt-outside": "electra"}  # the others: llama
 
 
@@ -55,7 +57,8 @@ def main(directory, rank, world):
     for name, (steps, n_batches) in RECIPES.items():
         model = zoo.build(MODELS.get(name, "llama"))
         batches = labelled("llama", n_batches=n_batches, size=4, padded=True)
-        plan = make_plan(model, {"version": 1, "prune": steps}, calibration=batches)
+        recipe = {"version": 1, "prune": steps, "calibration": CALIBRATION.get(name, {})}
+        plan = make_plan(model, recipe, calibration=batches)
         tensors = {**plan.mask_tensors(), **{f"new|{key}": value for key, value in plan.replacements.items()}}
         save_file(tensors, directory / f"{name}-of-{world}-rank{rank}.safetensors")
     model = zoo.build("llama")
