@@ -69,10 +69,12 @@ METHODS: dict[str, tuple[str, list[dict]]] = {
 # name -> steps: a fifth of the parameters in other ways than the shipped recipes'
 (_NEURONS,) = _shipped("llm-neurons-uniform", compensation="least_squares")
 _FEWER = _NEURONS | {"sparsity": 0.2295}  # beside what a tenth of the layers has
+WRITTEN = "the same, calibrated on what the model writes itself alone"
 TRIED: dict[str, list[dict]] = {
     "neurons by activation": [_NEURONS | {"criterion": "activation"}],
     "neurons by fisher, a gate for a sample": [_NEURONS | {"criterion": "fisher"}],
     "neurons by fisher, a gate for a token": [_NEURONS],
+    WRITTEN: [_NEURONS],
     "the same, labels drawn": [_NEURONS | {"criterion": BY_TOKEN | {"labels": "drawn"}}],
     "the same, labels given and drawn": [_NEURONS | {"criterion": BY_TOKEN | {"labels": "both"}}],
     "heads too": [
@@ -139,7 +141,12 @@ def prune(
     offload: str = "none",
 ) -> PreTrainedModel:
     recipe = {"version": 1, "calibration": {"offload": offload}, "prune": chosen[name][1]}
-    hf_prune.prune_(model, recipe, calibration=calibration)
+    if name == WRITTEN:
+        recipe["calibration"] |= {
+            "self_generated": sum(len(batch["input_ids"]) for batch in calibration),
+            "length": common.LENGTH,
+        }
+    hf_prune.prune_(model, recipe, calibration=None if name == WRITTEN else calibration)
     return model
 
 

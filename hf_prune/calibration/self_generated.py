@@ -20,11 +20,9 @@ from hf_prune.errors import CalibrationError
 from hf_prune.structure.cost import evaluating
 
 
-AT_ONCE = 8  # samples; fixed, so that what is written depends neither on calibration.batch_size nor on the number of processes
-N_OPENING, TEMPERATURE = (
-    8,
-    0.8,
-)  # tokens drawn as the model has it, so that texts differ; how much tamer the rest is, to stay text
+AT_ONCE = 32  # samples; fixed, so that what is written depends neither on calibration.batch_size nor on the number of processes
+N_OPENING = 8  # tokens drawn as the model has it, so that texts differ
+TEMPERATURE = 0.8  # of the others, so that they stay text
 
 
 def self_generated(model: nn.Module, samples: int, length: int, batch_size: int, seed: int) -> list[Inputs]:

@@ -49,7 +49,7 @@ RECIPES = {
     "angular-one": ([{"target": "layers", "sparsity": 0.67, "criterion": "angular"}], 1),
     "combined": ([{**NEURONS, "criterion": {"name": "combined", "of": {"activation": 0.7, "taylor": 0.3}}}], 5),
 }
-CALIBRATION = {"least_squares-self_generated": {"self_generated": 20, "length": 12}}
+CALIBRATION = {"least_squares-self_generated": {"self_generated": 40, "length": 12}}
 MODELS = {"sparsegpt-outside": "electra"}  # the others: llama
 
 
