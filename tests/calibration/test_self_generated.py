@@ -115,12 +115,15 @@ def test_more_tokens_than_positions_are_refused(model):
         text(model, length=n_positions + 1)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
-def test_positions_up_to_the_last_can_be_written(name):
-    built = zoo.build(name)
+@pytest.mark.parametrize(
+    ("name", "changes"), [("gpt2", {"n_positions": 24}), ("opt", {"max_position_embeddings": 24})]
+)
+def test_positions_up_to_the_last_can_be_written(name, changes):
+    built = zoo.build(name, **changes)
     built.generation_config = GenerationConfig(bos_token_id=BEGIN)
-    n_positions = built.config.max_position_embeddings
-    assert text(built, samples=2, length=n_positions).shape == (2, n_positions)
+    assert text(built, samples=2, length=24).shape == (2, 24)
+    with pytest.raises(CalibrationError, match="has 24 positions"):
+        text(built, samples=2, length=25)
 
 
 def recipe(step=NEURONS, **calibration):
