@@ -140,13 +140,11 @@ def prune(
     calibration: common.Batches,
     offload: str = "none",
 ) -> PreTrainedModel:
-    recipe = {"version": 1, "calibration": {"offload": offload}, "prune": chosen[name][1]}
-    if name == WRITTEN:
-        recipe["calibration"] |= {
-            "self_generated": sum(len(batch["input_ids"]) for batch in calibration),
-            "length": common.LENGTH,
-        }
-    hf_prune.prune_(model, recipe, calibration=None if name == WRITTEN else calibration)
+    data, given = {"offload": offload}, calibration
+    if name.startswith(WRITTEN):  # a share or offload may follow
+        n_windows = sum(len(batch["input_ids"]) for batch in calibration)
+        data, given = data | {"self_generated": n_windows, "length": common.LENGTH}, None
+    hf_prune.prune_(model, {"version": 1, "calibration": data, "prune": chosen[name][1]}, calibration=given)
     return model
 
 

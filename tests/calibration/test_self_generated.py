@@ -37,7 +37,7 @@ def test_each_text_has_its_length_and_batches_the_size_asked_for(model):
 
 
 def test_tokens_are_drawn_from_the_models_own_distribution(model):
-    """The first is at temperature 1; the ninth at 0.8, compared through its rank in the distribution at its place."""
+    """The first is at temperature 1; the ninth at 0.8, told by the mean probability of what was drawn."""
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # far from uniform
         expected = softmax(model(torch.tensor([[BEGIN]])).logits[0, -1], -1)

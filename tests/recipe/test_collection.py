@@ -73,7 +73,7 @@ def slack(found, step):
 
 @pytest.mark.parametrize("name", COLLECTION)
 def test_it_prunes_its_family_as_much_as_it_says_and_loads_again(name, tmp_path):
-    recipe, model = Recipe.from_yaml(shipped_recipes()[name], ["calibration.length=16"]), small(name)
+    recipe, model = Recipe.from_yaml(shipped_recipes()[name]), small(name)
     inputs = example_inputs(model, batch_size=2)
     found = hf_prune.prune_(model, recipe, calibration=[with_labels(model, inputs)] * 2).to_dict()
     for step in recipe.prune:
